@@ -1,0 +1,355 @@
+"""Multi-head latent attention: projections, rotary keys, the latent cache, expanded and absorbed forms.
+
+Letters: B batch, S query length, L cached length, D hidden, H heads, G key groups, C latent width, P rotary width,
+N position-free width of a key head, V width of a value head.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_hf_moe import HfMoeConfig
+
+
+class HfMoeRMSNorm(nn.Module):
+    """y = weight · x / sqrt(mean(x²) + eps), the mean in fp32. Source: arXiv:1910.07467."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class HfMoeRotaryEmbedding(nn.Module):
+    """cos and sin (B, S, P) of position · frequency, for every rope type that Transformers knows.
+
+    With one rope for each layer type, `layer_type` says which; otherwise it is None.
+    """
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.layer_types: list[Any] = config.nested_rope_parameter_keys(config.rope_parameters) or [None]
+        self.rope_type: Any = {t: rope_parameters_of(config, t)["rope_type"] for t in self.layer_types}
+        for layer_type in self.layer_types:
+            inv_freq, attention_scaling = self.compute_frequencies(layer_type)
+            prefix = self._prefix(layer_type)
+            self.register_buffer(f"{prefix}inv_freq", inv_freq, persistent=False)
+            self.register_buffer(f"{prefix}original_inv_freq", inv_freq.clone(), persistent=False)
+            setattr(self, f"{prefix}attention_scaling", attention_scaling)
+        if self.layer_types == [None]:
+            self.rope_type = self.rope_type[None]
+
+    @staticmethod
+    def _prefix(layer_type: str | None) -> str:
+        return "" if layer_type is None else f"{layer_type}_"
+
+    @staticmethod
+    def compute_default_rope_parameters(config: HfMoeConfig, layer_type: str | None = None) -> tuple[Any, float]:
+        """Frequencies theta^(-2i/P) of the original RoPE, and 1."""
+        theta, width = rope_parameters_of(config, layer_type)["rope_theta"], config.qk_rope_head_dim
+        return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float) / width), 1.0
+
+    def compute_frequencies(self, layer_type: str | None) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies (P/2) and the factor of cos and sin."""
+        rope_type = rope_parameters_of(self.config, layer_type)["rope_type"]
+        if rope_type == "default":
+            return self.compute_default_rope_parameters(self.config, layer_type)
+        return ROPE_INIT_FUNCTIONS[rope_type](self.config, layer_type=layer_type)
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        prefix = self._prefix(layer_type)
+        inv_freq = getattr(self, f"{prefix}inv_freq").to(device=x.device, dtype=torch.float)
+        freqs = position_ids[..., None].float() * inv_freq
+        angles = torch.cat((freqs, freqs), dim=-1)
+        scaling = getattr(self, f"{prefix}attention_scaling")
+        return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
+
+
+def rope_parameters_of(config: HfMoeConfig, layer_type: str | None) -> dict[str, Any]:
+    """The rope dictionary of a layer type, whether or not the configuration keeps one for each."""
+    parameters: Any = config.rope_parameters
+    if layer_type is not None and config.nested_rope_parameter_keys(parameters):
+        return parameters[layer_type]
+    return parameters
+
+
+def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
+    """Rotate pairs of numbers by their position's angle.
+
+        (a, b) -> (a·cos - b·sin, b·cos + a·sin)
+
+    Args:
+        x: (B, heads, S, P). cos, sin: (B, S, P), both halves alike.
+        interleave: pairs are (0, 1), (2, 3)… and not (i, i + P/2). The result is in the half layout either way,
+            which leaves scores unchanged as long as queries and keys agree.
+    Source: arXiv:2104.09864.
+    """
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., :half].unsqueeze(1), sin[..., :half].unsqueeze(1)
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleave else (x[..., :half], x[..., half:])
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def softmax_scale(config: HfMoeConfig, layer_type: str) -> float:
+    """Factor of the scores: explicit, or (N + P)^-0.5 times yarn's squared mscale. Source: arXiv:2309.00071."""
+    if config.softmax_scale is not None:
+        return config.softmax_scale
+    scale = config.qk_head_dim**-0.5
+    rope = rope_parameters_of(config, layer_type)
+    mscale_all_dim = rope.get("mscale_all_dim") or 0.0
+    if rope["rope_type"] != "default" and mscale_all_dim and rope["factor"] > 1:
+        mscale = 0.1 * mscale_all_dim * torch.tensor(rope["factor"], dtype=torch.float64).log().item() + 1.0
+        scale *= mscale * mscale
+    return scale
+
+
+def attention_probabilities(
+    module: "HfMoeAttention", scores: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    """Softmax in fp32 of scaled scores (B, H, S, L), with soft-cap, mask and sinks; in the scores' dtype."""
+    cap = module.config.attn_logit_softcapping
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    if module.sinks is None:
+        weights = scores.softmax(dim=-1, dtype=torch.float32)
+    else:
+        sinks = module.sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
+        weights = torch.cat((scores, sinks.to(scores.dtype)), dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
+    return nn.functional.dropout(weights.to(scores.dtype), p=dropout, training=module.training)
+
+
+def eager_attention_forward(
+    module: "HfMoeAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention over expanded keys (B, H, L, N + P) and values (B, H, L, V); returns (B, S, H, V), weights."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is None and query.shape[2] > 1:
+        attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
+    weights = attention_probabilities(module, scores, attention_mask, dropout)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def causal_mask(query_length: int, key_length: int, device: torch.device) -> torch.Tensor:
+    """(S, L) of booleans: the last query sees all keys, each one before it one key less."""
+    return torch.ones(query_length, key_length, dtype=torch.bool, device=device).tril(key_length - query_length)
+
+
+class HfMoeAttention(nn.Module):
+    """Attention whose cache holds, per token, one latent of C numbers and G rotary keys of P numbers.
+
+        c      = norm(W_a x)                      k_g = rope(norm(W_k x)_g)          cached: c and k_1 … k_G
+        score  = (q_nope,h · W_uk,h c + q_rope,h · k_g(h)) · scale                   g(h) = ⌊h · G / H⌋
+        out    = W_o concat_h Σ softmax(score) W_uv,h c
+
+    Expanded form: keys and values are computed from the latents for all L positions; cheaper when S is near L.
+    Absorbed form: W_uk goes into the query and W_uv behind the softmax, so the cache is read once, as stored;
+    cheaper when few queries meet many cached tokens. `forward` counts FLOPs and takes the cheaper one.
+
+    Cost: expanded 2·L·C·H·(N+V) + 2·S·L·H·(N+P+V), absorbed 2·S·C·H·(N+V) + 2·S·L·H·(2C+P) FLOPs a sequence.
+    Cache: (C + G·P) numbers a token.
+    Source: arXiv:2405.04434 section 2.1; GQA (arXiv:2305.13245) is G > 1, N = 0.
+    """
+
+    def __init__(self, config: HfMoeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.layer_type = config.layer_types[layer_idx]
+        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.qk_head_dim = config.qk_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.num_key_value_groups = 1  # keys and values reach the attention function with all H heads
+        self.scaling = softmax_scale(config, self.layer_type)
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        query_width = config.num_attention_heads * self.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.q_bias)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=config.q_bias)
+            if config.q_a_layernorm:
+                self.q_a_layernorm = HfMoeRMSNorm(config.q_lora_rank, config.latent_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        key_width = config.num_key_value_heads * self.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.kv_lora_rank + key_width, bias=config.kv_bias)
+        if config.kv_a_layernorm:
+            self.kv_a_layernorm = HfMoeRMSNorm(self.kv_lora_rank, config.latent_norm_eps)
+        expanded_width = config.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, expanded_width, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.v_head_dim, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm is not None:
+            per_head = config.qk_norm == "head"
+            self.q_norm = HfMoeRMSNorm(self.qk_rope_head_dim if per_head else query_width, config.rms_norm_eps)
+            self.k_norm = HfMoeRMSNorm(self.qk_rope_head_dim if per_head else key_width, config.rms_norm_eps)
+        self.sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attended hidden states (B, S, D) and, where the attention function has them, the weights."""
+        query = self.project_query(hidden_states, position_embeddings)
+        latent, k_rot = self.project_latent(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+
+        dropout = self.attention_dropout if self.training else 0.0
+        if self.absorption_pays(query, latent, attention_mask):
+            attn_output, attn_weights = self.absorbed_attention(query, latent, k_rot, attention_mask, dropout)
+        else:
+            key, value = self.expand_kv(latent, k_rot)
+            attn_output, attn_weights = self.attention_function()(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=self.scaling,
+                sliding_window=self.sliding_window,
+                **kwargs,
+            )
+        attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+    def project_query(self, hidden_states: torch.Tensor, position_embeddings: tuple) -> torch.Tensor:
+        """Queries (B, H, S, N + P), the last P numbers of each rotated."""
+        cos, sin = position_embeddings
+        if self.config.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_a_proj(hidden_states)
+            query = self.q_b_proj(self.q_a_layernorm(query) if self.config.q_a_layernorm else query)
+        if self.config.qk_norm == "projection":
+            query = self.q_norm(query)
+        query = query.unflatten(-1, (-1, self.qk_head_dim))
+        if self.config.qk_norm == "head":
+            query = self.q_norm(query)
+        q_nope, q_rot = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q_rot = apply_rotary_pos_emb(q_rot, cos, sin, self.config.rope_interleave)
+        return torch.cat((q_nope, q_rot), dim=-1) if self.qk_nope_head_dim else q_rot
+
+    def project_latent(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache keeps: latents (B, 1, S, C) and rotated keys (B, G, S, P)."""
+        cos, sin = position_embeddings
+        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).tensor_split([self.kv_lora_rank], dim=-1)
+        if self.config.kv_a_layernorm:
+            latent = self.kv_a_layernorm(latent)
+        if self.config.qk_norm == "projection":
+            k_rot = self.k_norm(k_rot)
+        k_rot = k_rot.unflatten(-1, (-1, self.qk_rope_head_dim))
+        if self.config.qk_norm == "head":
+            k_rot = self.k_norm(k_rot)
+        k_rot = apply_rotary_pos_emb(k_rot.transpose(1, 2), cos, sin, self.config.rope_interleave)
+        return latent.unsqueeze(1), k_rot
+
+    def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (B, H, L, N + P) and values (B, H, L, V) of latents (B, 1, L, C) and rotary keys (B, G, L, P).
+
+        The name is Transformers': vLLM's backend replaces the method.
+        """
+        expanded = self.kv_b_proj(kv_nope.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+        k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        key = k_rot.repeat_interleave(value.shape[1] // k_rot.shape[1], dim=1)
+        return torch.cat((k_nope, key), dim=-1) if self.qk_nope_head_dim else key, value
+
+    def absorption_pays(self, query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Whether the absorbed form applies here and costs fewer FLOPs; decided by shapes alone."""
+        # An adapter, a quantised layer or an offloaded weight must be applied, not looked into.
+        weight = self.kv_b_proj.weight if type(self.kv_b_proj) is nn.Linear else None
+        if weight is None or weight.device != query.device or self.config._attn_implementation not in ("eager", "sdpa"):
+            return False
+        if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4):
+            return False
+        s, length, c, n, p, v = (
+            query.shape[2],
+            latent.shape[2],
+            self.kv_lora_rank,
+            self.qk_nope_head_dim,
+            self.qk_rope_head_dim,
+            self.v_head_dim,
+        )
+        absorbed = s * c * (n + v) + s * length * ((2 if n else 1) * c + p)
+        return absorbed < length * c * (n + v) + s * length * (n + p + v)
+
+    def absorbed_attention(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        k_rot: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention on the cache as stored; returns (B, S, H, V) and weights (B, H, S, L).
+
+        Args:
+            query: (B, H, S, N + P). latent: (B, 1, L, C). k_rot: (B, G, L, P).
+            attention_mask: broadcastable to (B, H, S, L), boolean or additive; None for causal.
+        """
+        batch_size, num_heads, query_length, _ = query.shape
+        key_length = latent.shape[2]
+        w_HXC = self.kv_b_proj.weight.unflatten(0, (num_heads, -1))
+        w_uk_HNC, w_uv_HVC = w_HXC.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+
+        q_rot = q_rot.reshape(batch_size, k_rot.shape[1], -1, self.qk_rope_head_dim)
+        scores = (q_rot @ k_rot.transpose(2, 3)).view(batch_size, num_heads, query_length, key_length)
+        if self.qk_nope_head_dim:
+            q_latent = (q_nope @ w_uk_HNC).reshape(batch_size, 1, -1, self.kv_lora_rank)
+            scores = scores + (q_latent @ latent.transpose(2, 3)).view_as(scores)
+        if attention_mask is None and query_length > 1:
+            attention_mask = causal_mask(query_length, key_length, query.device)
+        weights = attention_probabilities(self, scores * self.scaling, attention_mask, dropout)
+
+        out = (weights.reshape(batch_size, 1, -1, key_length) @ latent).view(batch_size, num_heads, query_length, -1)
+        return (out @ w_uv_HVC.transpose(1, 2)).transpose(1, 2), weights
+
+    def attention_function(self) -> Callable:
+        """The function that the configuration names, or the eager one where that lacks what this model needs."""
+        name = self.config._attn_implementation
+        # PyTorch's fused attention has neither sinks nor soft-caps, and would leave them out without a word.
+        if name == "sdpa" and (self.sinks is not None or self.config.attn_logit_softcapping is not None):
+            return eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)

@@ -1,0 +1,244 @@
+"""Every hyper-parameter of the latent-attention mixture of experts, its validation and its parallel plans.
+
+Letters: D hidden, F expert width, E experts, K experts a token, H heads, G key groups, C latent width, P rotary width.
+"""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# What the Hub needs to find the classes in the files that `save_pretrained` copies beside the weights.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hf_moe.HfMoeConfig",
+    "AutoModel": "modeling_hf_moe.HfMoeModel",
+    "AutoModelForCausalLM": "modeling_hf_moe.HfMoeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hf_moe.HfMoeForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hf_moe.HfMoeForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_hf_moe.HfMoeForQuestionAnswering",
+}
+
+
+@strict
+class HfMoeConfig(PreTrainedConfig):
+    """Configuration of `HfMoeModel`: multi-head latent attention and a mixture of experts.
+
+    Names are DeepSeek-V3's where DeepSeek has one. A GQA model is the special case `num_key_value_heads` = G of the
+    source, `qk_rope_head_dim` = its head size, `qk_nope_head_dim` = 0, `kv_a_layernorm` = False.
+
+    Attention:
+        num_key_value_heads: G, rotary keys a token; each serves H/G query heads. 1 in DeepSeek's models.
+        kv_lora_rank: C, width of the cached latent.
+        q_lora_rank: width of the query's low-rank bottleneck; None for a full projection.
+        qk_rope_head_dim, qk_nope_head_dim: rotary and position-free part of a query or key head; the latter may be 0.
+        v_head_dim: width of a value head.
+        kv_a_layernorm, q_a_layernorm: RMS norm of the latent and of the query bottleneck, with `latent_norm_eps`.
+        q_bias, kv_bias, o_bias: biases of the query, of the latent and rotary key, of the output projection.
+        qk_norm: "head" normalises each query and key head (Qwen3), "projection" all of them at once (OLMo 2). Needs
+            `qk_nope_head_dim` = 0, since a norm cannot be absorbed.
+        softmax_scale: factor of the scores; None for (nope + rope)^-0.5, times yarn's mscale² where it applies.
+        attn_logit_softcapping, final_logit_softcapping: x -> cap · tanh(x / cap) on scores and on logits.
+        attention_sinks: one learned logit a head that takes part in the softmax and carries no value (gpt-oss).
+        rope_parameters: Transformers' dictionary, or one for each layer type. rope_interleave: pairs (0, 1), (2, 3)…
+        layer_types, sliding_window: "full_attention" or "sliding_attention" for each layer.
+    Layers:
+        norm_placement: "pre", "post" (OLMo 2) or "sandwich" (Gemma).
+        embedding_multiplier, logits_scaling: h0 = multiplier · embedding; logits are divided by the scaling.
+    Mixture:
+        mlp_layer_types: "dense" or "sparse" for each layer. `first_k_dense_replace` is accepted to derive it.
+        n_routed_experts, num_experts_per_tok, moe_intermediate_size: E, K, F.
+        n_shared_experts: experts that every token passes, as one MLP of n·F, or of `shared_expert_intermediate_size`;
+            `shared_expert_gate` weighs it by a sigmoid of the token (Qwen2-MoE).
+        scoring_func: "softmax" or "sigmoid" of the router's logits, in fp32.
+        topk_method: "greedy"; "group_limited_greedy" (best expert ranks a group, DeepSeek-V2); "noaux_tc" (the best two
+            rank it, with a selection bias that is no part of the weight, DeepSeek-V3).
+        n_group, topk_group: number of expert groups, and how many of them a token may use.
+        norm_topk_prob, routed_scaling_factor: weights are divided by their sum, then multiplied by the factor.
+        router_aux_loss_coef, router_seq_aux_loss_coef, router_z_loss_coef: added to the training loss when above 0.
+
+    Raises:
+        ValueError: a combination that cannot be built, with the numbers that disagree.
+    Source: arXiv:2405.04434 (latent attention, group-limited routing), arXiv:2412.19437 (selection bias).
+    """
+
+    model_type = "hf_moe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.q_b_proj": "colwise",
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 24
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    embedding_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    final_logit_softcapping: float | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 1
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    kv_a_layernorm: bool = True
+    q_a_layernorm: bool = True
+    latent_norm_eps: float = 1e-6
+    q_bias: bool = False
+    kv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    softmax_scale: float | None = None
+    attn_logit_softcapping: float | None = None
+    attention_sinks: bool = False
+    attention_dropout: float = 0.0
+    rope_parameters: RopeParameters | dict | None = None
+    rope_interleave: bool = False
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+
+    mlp_layer_types: list[str] | None = None
+    n_routed_experts: int = 64
+    num_experts_per_tok: int = 6
+    moe_intermediate_size: int = 1408
+    n_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "greedy"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    router_seq_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        first_k_dense_replace = kwargs.pop("first_k_dense_replace", 0)
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["dense"] * min(first_k_dense_replace, self.num_hidden_layers)
+            self.mlp_layer_types += ["sparse"] * (self.num_hidden_layers - len(self.mlp_layer_types))
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        # Derived, and written to config.json because Transformers' rope and cache code read it there.
+        kwargs.pop("head_dim", None)
+        self.head_dim = self.qk_rope_head_dim
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query head and of an expanded key head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the shared expert's MLP; 0 without one."""
+        return self.shared_expert_intermediate_size or self.n_shared_experts * self.moe_intermediate_size
+
+    def validate_architecture(self) -> None:
+        """Refuse what cannot be built; called by the strict dataclass after every construction."""
+        positive = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+        positive += " kv_lora_rank qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok"
+        positive += " moe_intermediate_size n_group topk_group"
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.qk_nope_head_dim < 0:
+            raise ValueError(f"qk_nope_head_dim={self.qk_nope_head_dim} must be at least 0")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or None for a full projection")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotation acts on pairs")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.qk_norm is not None and self.qk_nope_head_dim:
+            raise ValueError(
+                f"qk_norm={self.qk_norm!r} needs qk_nope_head_dim=0, got {self.qk_nope_head_dim}: "
+                "a norm of keys that come from the latent cannot be absorbed"
+            )
+        self._validate_layers()
+        self._validate_routing()
+
+    def _validate_layers(self) -> None:
+        for name in ("layer_types", "mlp_layer_types"):
+            if len(getattr(self, name)) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} names {len(getattr(self, name))} layers, num_hidden_layers={self.num_hidden_layers}"
+                )
+        if unknown := set(self.layer_types) - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"layer_types may hold full_attention and sliding_attention, got {sorted(unknown)}")
+        if unknown := set(self.mlp_layer_types) - {"dense", "sparse"}:
+            raise ValueError(f"mlp_layer_types may hold dense and sparse, got {sorted(unknown)}")
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise ValueError(f"layer_types has sliding_attention, but sliding_window={self.sliding_window}")
+
+    def _validate_routing(self) -> None:
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(f"n_routed_experts={self.n_routed_experts} is not divisible by n_group={self.n_group}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} is above n_group={self.n_group}")
+        reachable = self.n_routed_experts
+        if self.topk_method != "greedy":
+            reachable = reachable // self.n_group * self.topk_group
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is above the {reachable} experts a token can reach "
+                f"(n_routed_experts={self.n_routed_experts}, topk_group={self.topk_group} of n_group={self.n_group})"
+            )
+        if self.topk_method == "noaux_tc" and self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+            raise ValueError(
+                f"noaux_tc ranks a group by its best two experts, but n_routed_experts={self.n_routed_experts} in "
+                f"n_group={self.n_group} leaves one"
+            )
+        if self.shared_expert_gate and not self.shared_width:
+            raise ValueError(
+                "shared_expert_gate=True needs n_shared_experts or shared_expert_intermediate_size above 0"
+            )
+
+
+HfMoeConfig.register_for_auto_class()
+
+__all__ = ["HfMoeConfig"]

@@ -1,0 +1,167 @@
+"""From hidden states to expert weights: scores, groups, top-k; and the losses that keep experts busy.
+
+Letters: T tokens, D hidden, E experts, K experts a token, B batch, S query length.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_hf_moe import HfMoeConfig
+
+
+class HfMoeTopkRouter(nn.Module):
+    """Score every expert for every token and keep the best K.
+
+        logits  = x · Wᵀ                              fp32
+        scores  = softmax(logits) or sigmoid(logits)
+        chosen  = top-K of (scores + bias) inside the best `topk_group` groups
+        weights = scores[chosen] / Σ scores[chosen] · routed_scaling_factor
+
+    A group is ranked by its best expert ("group_limited_greedy") or by its best two ("noaux_tc"). The bias
+    `e_score_correction_bias` steers the choice only: no gradient, no part in the weights.
+
+    Gradients: through `weights` to x and W; the choice itself has none.
+    Cost: 2·T·D·E FLOPs.
+    Source: arXiv:2405.04434 section 2.1.2; arXiv:2412.19437 section 2.1.2; arXiv:2408.15664 (the bias).
+    """
+
+    def __init__(self, config: HfMoeConfig):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.top_k = config.num_experts_per_tok
+        self.hidden_dim = config.hidden_size
+        self.scoring_func = config.scoring_func
+        self.topk_method = config.topk_method
+        self.n_group = config.n_group
+        self.topk_group = config.topk_group
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
+        self.e_score_correction_bias: torch.Tensor
+        if self.topk_method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits (T, E), weights (T, K) and indices (T, K) for hidden states (..., D)."""
+        x_TD = hidden_states.reshape(-1, self.hidden_dim)
+        router_logits = F.linear(x_TD.float(), self.weight.float())
+        top_k_weights, top_k_index = self.select(self.scores(router_logits))
+        return router_logits, top_k_weights, top_k_index
+
+    def scores(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """Scores (T, E) in fp32 of logits (T, E)."""
+        if self.scoring_func == "sigmoid":
+            return router_logits.float().sigmoid()
+        return router_logits.float().softmax(dim=-1)
+
+    def select(self, scores_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (T, K) and indices (T, K) of the chosen experts."""
+        choice_TE = scores_TE
+        if self.topk_method == "noaux_tc":
+            choice_TE = scores_TE + self.e_score_correction_bias
+        if self.topk_method != "greedy" and self.n_group > 1:
+            choice_TE = choice_TE.masked_fill(~self._allowed_experts(choice_TE), float("-inf"))
+        index_TK = torch.topk(choice_TE, self.top_k, dim=-1, sorted=False).indices
+        weights_TK = scores_TE.gather(1, index_TK)
+        if self.norm_topk_prob:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights_TK * self.routed_scaling_factor, index_TK
+
+    def _allowed_experts(self, choice_TE: torch.Tensor) -> torch.Tensor:
+        grouped = choice_TE.unflatten(-1, (self.n_group, -1))
+        best = 2 if self.topk_method == "noaux_tc" else 1
+        group_scores = grouped.topk(best, dim=-1).values.sum(dim=-1)
+        group_index = group_scores.topk(self.topk_group, dim=-1, sorted=False).indices
+        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, group_index, True)
+        return allowed.unsqueeze(-1).expand_as(grouped).reshape_as(choice_TE)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, {self.scoring_func}, {self.topk_method}"
+
+
+def load_balancing_loss(scores_TE: torch.Tensor, index_TK: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+    """Penalty for experts that are both often chosen and highly scored.
+
+        loss = E · Σ_e f_e · p_e      f_e = share of the choices that fell on e,  p_e = mean normalised score of e
+
+    1 when the load is even, E/K at worst.
+
+    Args:
+        scores_TE: router scores, fp32; sigmoid scores are divided by their sum over the experts here.
+        index_TK: chosen experts.
+        mask_T: 1 for tokens that count, 0 for padding; None for all.
+    Returns:
+        Scalar, fp32. 0 when no token counts.
+    Gradients: to the scores through p; f has none.
+    Source: arXiv:2101.03961 equations 4-6; normalised scores as in arXiv:2412.19437 equation 18.
+    """
+    p_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+    chosen_TE = torch.zeros_like(p_TE).scatter_(1, index_TK, 1.0 / index_TK.shape[1])
+    if mask_T is not None:
+        mask_T1 = mask_T.to(p_TE.dtype).unsqueeze(-1)
+        p_TE, chosen_TE = p_TE * mask_T1, chosen_TE * mask_T1
+    count = p_TE.new_tensor(p_TE.shape[0]) if mask_T is None else mask_T1.sum()
+    return p_TE.shape[1] * (chosen_TE.sum(0) * p_TE.sum(0)).sum() / count.clamp(min=1) ** 2
+
+
+def sequence_balancing_loss(
+    scores_TE: torch.Tensor, index_TK: torch.Tensor, batch_size: int, mask_T: torch.Tensor | None
+) -> torch.Tensor:
+    """Mean over the sequences of `load_balancing_loss` inside each one.
+
+    Args as there; rows of one sequence are adjacent and all sequences are T / batch_size long.
+    Source: arXiv:2412.19437 equations 17-20.
+    """
+    scores = scores_TE.unflatten(0, (batch_size, -1))
+    index = index_TK.unflatten(0, (batch_size, -1))
+    mask = None if mask_T is None else mask_T.view(batch_size, -1)
+    losses = [load_balancing_loss(scores[b], index[b], None if mask is None else mask[b]) for b in range(batch_size)]
+    return torch.stack(losses).mean()
+
+
+def router_z_loss(router_logits: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+    """Mean of (logsumexp of the router's logits)², which keeps them small.
+
+    Args:
+        router_logits: (T, E). mask_T: 1 for tokens that count; None for all.
+    Source: arXiv:2202.08906 equation 5.
+    """
+    z_T = router_logits.float().logsumexp(dim=-1).square()
+    if mask_T is None:
+        return z_T.mean()
+    return (z_T * mask_T).sum() / mask_T.sum().clamp(min=1)
+
+
+def auxiliary_loss(
+    config: HfMoeConfig,
+    routers: list[HfMoeTopkRouter],
+    router_logits: tuple[torch.Tensor, ...],
+    batch_size: int,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum of the three losses above, each a mean over the sparse layers and times its coefficient.
+
+    Args:
+        routers, router_logits: one a sparse layer, in order; logits (T, E) with T = batch_size · S.
+        attention_mask: (B, S) of 1 and 0; anything else is read as "every token counts".
+    Returns:
+        Scalar, fp32.
+    """
+    mask_T = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        mask_T = attention_mask[:, -router_logits[0].shape[0] // batch_size :].reshape(-1).float()
+    total = router_logits[0].new_zeros((), dtype=torch.float32)
+    for router, logits in zip(routers, router_logits, strict=True):
+        logits = logits.to(total.device)
+        mask = None if mask_T is None else mask_T.to(total.device)
+        scores = router.scores(logits)
+        index = router.select(scores.detach())[1]
+        if config.router_aux_loss_coef:
+            total = total + config.router_aux_loss_coef * load_balancing_loss(scores, index, mask)
+        if config.router_seq_aux_loss_coef:
+            loss = sequence_balancing_loss(scores, index, batch_size, mask)
+            total = total + config.router_seq_aux_loss_coef * loss
+        if config.router_z_loss_coef:
+            total = total + config.router_z_loss_coef * router_z_loss(logits, mask)
+    return total / len(router_logits)
