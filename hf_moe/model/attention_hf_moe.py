@@ -17,7 +17,7 @@ from .configuration_hf_moe import HfMoeConfig
 
 
 class HfMoeRMSNorm(nn.Module):
-    """y = weight · x / sqrt(mean(x²) + eps), the mean in fp32. Source: arXiv:1910.07467."""
+    """y = weight · x / sqrt(mean(x²) + eps), in fp32 or better. Source: arXiv:1910.07467."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
@@ -25,7 +25,7 @@ class HfMoeRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.float()
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x.to(hidden_states.dtype)
 
@@ -126,7 +126,8 @@ def softmax_scale(config: HfMoeConfig, layer_type: str) -> float:
 def attention_probabilities(
     module: "HfMoeAttention", scores: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float
 ) -> torch.Tensor:
-    """Softmax in fp32 of scaled scores (B, H, S, L), with soft-cap, mask and sinks; in the scores' dtype."""
+    """Softmax, in fp32 or better, of scaled scores (B, H, S, L), soft-capped, masked, with sinks; in their dtype."""
+    dtype = torch.promote_types(scores.dtype, torch.float32)
     cap = module.config.attn_logit_softcapping
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
@@ -136,10 +137,10 @@ def attention_probabilities(
         else:
             scores = scores + attention_mask
     if module.sinks is None:
-        weights = scores.softmax(dim=-1, dtype=torch.float32)
+        weights = scores.softmax(dim=-1, dtype=dtype)
     else:
         sinks = module.sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
-        weights = torch.cat((scores, sinks.to(scores.dtype)), dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
+        weights = torch.cat((scores, sinks.to(scores.dtype)), dim=-1).softmax(dim=-1, dtype=dtype)[..., :-1]
     return nn.functional.dropout(weights.to(scores.dtype), p=dropout, training=module.training)
 
 
@@ -162,8 +163,11 @@ def eager_attention_forward(
 
 
 def causal_mask(query_length: int, key_length: int, device: torch.device) -> torch.Tensor:
-    """(S, L) of booleans: the last query sees all keys, each one before it one key less."""
-    return torch.ones(query_length, key_length, dtype=torch.bool, device=device).tril(key_length - query_length)
+    """(S, L) of booleans: query i sees keys 0 to i.
+
+    Transformers leaves the mask out when the queries are the first tokens; L is above S if a static cache holds them.
+    """
+    return torch.ones(query_length, key_length, dtype=torch.bool, device=device).tril()
 
 
 class HfMoeAttention(nn.Module):
@@ -272,7 +276,7 @@ class HfMoeAttention(nn.Module):
     def project_latent(
         self, hidden_states: torch.Tensor, position_embeddings: tuple
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the cache keeps: latents (B, 1, S, C) and rotated keys (B, G, S, P)."""
+        """What the cache keeps: latents (B, 1, S, C) and rotated keys (B, 1, S, G·P)."""
         cos, sin = position_embeddings
         latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).tensor_split([self.kv_lora_rank], dim=-1)
         if self.config.kv_a_layernorm:
@@ -283,17 +287,23 @@ class HfMoeAttention(nn.Module):
         if self.config.qk_norm == "head":
             k_rot = self.k_norm(k_rot)
         k_rot = apply_rotary_pos_emb(k_rot.transpose(1, 2), cos, sin, self.config.rope_interleave)
-        return latent.unsqueeze(1), k_rot
+        # One "head" for both: a static cache gives its two tensors the same number of heads.
+        return latent.unsqueeze(1), k_rot.transpose(1, 2).flatten(2).unsqueeze(1)
 
     def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (B, H, L, N + P) and values (B, H, L, V) of latents (B, 1, L, C) and rotary keys (B, G, L, P).
+        """Keys (B, H, L, N + P) and values (B, H, L, V) of latents (B, 1, L, C) and rotary keys (B, 1, L, G·P).
 
         The name is Transformers': vLLM's backend replaces the method.
         """
         expanded = self.kv_b_proj(kv_nope.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
         k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_rot = self.split_groups(k_rot)
         key = k_rot.repeat_interleave(value.shape[1] // k_rot.shape[1], dim=1)
         return torch.cat((k_nope, key), dim=-1) if self.qk_nope_head_dim else key, value
+
+    def split_groups(self, k_rot: torch.Tensor) -> torch.Tensor:
+        """Rotary keys (B, G, L, P) of cached ones (B, 1, L, G·P)."""
+        return k_rot.squeeze(1).unflatten(-1, (-1, self.qk_rope_head_dim)).transpose(1, 2)
 
     def absorption_pays(self, query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether the absorbed form applies here and costs fewer FLOPs; decided by shapes alone."""
@@ -325,7 +335,7 @@ class HfMoeAttention(nn.Module):
         """Attention on the cache as stored; returns (B, S, H, V) and weights (B, H, S, L).
 
         Args:
-            query: (B, H, S, N + P). latent: (B, 1, L, C). k_rot: (B, G, L, P).
+            query: (B, H, S, N + P). latent: (B, 1, L, C). k_rot: (B, 1, L, G·P).
             attention_mask: broadcastable to (B, H, S, L), boolean or additive; None for causal.
         """
         batch_size, num_heads, query_length, _ = query.shape
@@ -334,6 +344,7 @@ class HfMoeAttention(nn.Module):
         w_uk_HNC, w_uv_HVC = w_HXC.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
+        k_rot = self.split_groups(k_rot)
         q_rot = q_rot.reshape(batch_size, k_rot.shape[1], -1, self.qk_rope_head_dim)
         scores = (q_rot @ k_rot.transpose(2, 3)).view(batch_size, num_heads, query_length, key_length)
         if self.qk_nope_head_dim:

@@ -1,0 +1,120 @@
+"""Latent attention: both forms against a loop over the formula, every cache, the size of what is cached."""
+
+import pytest
+import torch
+from conftest import TINY, random_ids, tiny_config, tiny_model
+from transformers import DynamicCache, StaticCache
+
+from hf_moe.model.attention_hf_moe import HfMoeAttention, HfMoeRotaryEmbedding
+
+
+def attention_inputs(variant: str, query_length: int, seen: int, **changes):
+    """A layer in float64, hidden states of `seen` + `query_length` tokens, and their rotary tables."""
+    torch.manual_seed(0)
+    config = tiny_config(variant, **changes)
+    config._attn_implementation = "eager"
+    layer = HfMoeAttention(config, layer_idx=1).double().eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, seen + query_length, TINY["hidden_size"], dtype=torch.float64)
+    rotary = HfMoeRotaryEmbedding(config)
+    layer_type = config.layer_types[1] if rotary.layer_types != [None] else None
+    positions = torch.arange(seen + query_length).unsqueeze(0)
+    return layer, x, rotary(x, positions, layer_type)
+
+
+def formula(layer: HfMoeAttention, x: torch.Tensor, rope) -> torch.Tensor:
+    """The class's docstring, one head and one query at a time."""
+    config = layer.config
+    query = layer.project_query(x, rope)
+    latent, k_rot = layer.project_latent(x, rope)
+    n, p, v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    w = layer.kv_b_proj.weight.view(config.num_attention_heads, n + v, -1)
+    out = torch.zeros(x.shape[0], x.shape[1], config.num_attention_heads, v, dtype=x.dtype)
+    for b in range(x.shape[0]):
+        for h in range(config.num_attention_heads):
+            group = h * config.num_key_value_heads // config.num_attention_heads
+            keys = torch.cat((latent[b, 0] @ w[h, :n].T, k_rot[b, 0].unflatten(-1, (-1, p))[:, group]), dim=-1)
+            for t in range(x.shape[1]):
+                score = keys[: t + 1] @ query[b, h, t] * layer.scaling
+                if config.attn_logit_softcapping:
+                    score = config.attn_logit_softcapping * torch.tanh(score / config.attn_logit_softcapping)
+                if layer.sinks is not None:
+                    score = torch.cat((score, layer.sinks[h : h + 1]))
+                weight = score.softmax(0)[: t + 1]
+                out[b, t, h] = weight @ (latent[b, 0, : t + 1] @ w[h, n:].T)
+    return layer.o_proj(out.flatten(2))
+
+
+@torch.no_grad()
+def test_expanded_form_is_the_formula(variant):
+    layer, x, rope = attention_inputs(variant, query_length=7, seen=0)
+    assert not layer.absorption_pays(layer.project_query(x, rope), layer.project_latent(x, rope)[0], None)
+    torch.testing.assert_close(layer(x, rope, None)[0], formula(layer, x, rope), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("query_length", [1, 3])
+def test_absorbed_form_is_the_formula(variant, query_length):
+    layer, x, rope = attention_inputs(variant, query_length, seen=29)
+    query = layer.project_query(x, rope)[:, :, -query_length:]
+    latent, k_rot = layer.project_latent(x, rope)
+    mask = torch.ones(query_length, latent.shape[2], dtype=torch.bool).tril(29)[None, None]
+    assert layer.absorption_pays(query, latent, mask)
+    out, _ = layer.absorbed_attention(query, latent, k_rot, mask, 0.0)
+    out = layer.o_proj(out.reshape(*out.shape[:2], -1))
+    torch.testing.assert_close(out, formula(layer, x, rope)[:, -query_length:], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_absorption_leaves_wrapped_projections_alone():
+    layer, x, rope = attention_inputs("deepseek_v3", query_length=1, seen=29)
+    query, latent = layer.project_query(x, rope)[:, :, -1:], layer.project_latent(x, rope)[0]
+    assert layer.absorption_pays(query, latent, None)
+    layer.kv_b_proj = torch.nn.Sequential(layer.kv_b_proj)
+    assert not layer.absorption_pays(query, latent, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cached_steps_equal_one_pass(variant, kind):
+    model, ids = tiny_model(variant), random_ids(2, 20)
+    expected = model(ids).logits
+    if kind == "dynamic":
+        cache = DynamicCache(config=model.config)
+    else:
+        cache = StaticCache(config=model.config, max_cache_len=24)
+    steps = [ids[:, :9], ids[:, 9:12], *ids[:, 12:].split(1, dim=1)]
+    logits = torch.cat([model(step, past_key_values=cache).logits for step in steps], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_cache_holds_latents_and_rotary_keys_only(variant):
+    model = tiny_model(variant)
+    cache = model(random_ids(1, 5), use_cache=True).past_key_values
+    config = model.config
+    for layer in cache.layers:
+        numbers = (layer.keys.numel() + layer.values.numel()) // 5
+        assert numbers == config.kv_lora_rank + config.num_key_value_heads * config.qk_rope_head_dim
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_left_padding_changes_nothing(variant, implementation):
+    model, ids = tiny_model(variant), random_ids(1, 11)
+    model.set_attn_implementation(implementation)
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), dim=1)
+    mask = (torch.arange(15) >= 4).long().unsqueeze(0)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
+    torch.testing.assert_close(out, model(ids).logits, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_eager_equals_sdpa(variant):
+    model, ids = tiny_model(variant), random_ids(2, 13)
+    model.set_attn_implementation("sdpa")
+    expected = model(ids).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-5)

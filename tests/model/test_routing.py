@@ -1,0 +1,124 @@
+"""The router against a loop over its docstring, its gradient, and the balance losses."""
+
+import pytest
+import torch
+from conftest import random_ids, tiny_config, tiny_model
+
+from hf_moe.model.routing_hf_moe import (
+    HfMoeTopkRouter,
+    auxiliary_loss,
+    load_balancing_loss,
+    router_z_loss,
+    sequence_balancing_loss,
+)
+
+
+def chosen_by_loop(router: HfMoeTopkRouter, scores: torch.Tensor) -> list[set[int]]:
+    """The docstring's selection for each token, with sorted lists."""
+    bias = router.e_score_correction_bias if router.topk_method == "noaux_tc" else torch.zeros(router.num_experts)
+    result = []
+    for row in (scores + bias).tolist():
+        candidates = range(router.num_experts)
+        if router.topk_method != "greedy":
+            size = router.num_experts // router.n_group
+            groups = [list(range(g * size, (g + 1) * size)) for g in range(router.n_group)]
+            best = 2 if router.topk_method == "noaux_tc" else 1
+            groups.sort(key=lambda g: -sum(sorted((row[e] for e in g), reverse=True)[:best]))
+            candidates = [e for g in groups[: router.topk_group] for e in g]
+        result.append(set(sorted(candidates, key=lambda e: -row[e])[: router.top_k]))
+    return result
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "gqa"])
+def test_router_is_its_formula_and_has_its_gradient(name):
+    torch.manual_seed(0)
+    router = HfMoeTopkRouter(tiny_config(name))
+    torch.nn.init.normal_(router.weight)
+    if router.topk_method == "noaux_tc":
+        router.e_score_correction_bias.normal_()
+    x = torch.randn(23, router.hidden_dim, requires_grad=True)
+    logits, weights, index = router(x)
+    assert [set(row) for row in index.tolist()] == chosen_by_loop(router, router.scores(logits))
+
+    truth = (x @ router.weight.T).double()
+    truth = truth.sigmoid() if router.scoring_func == "sigmoid" else truth.softmax(-1)
+    truth = truth.gather(1, index)
+    if router.norm_topk_prob:
+        truth = truth / truth.sum(-1, keepdim=True)
+    truth = truth * router.routed_scaling_factor
+    torch.testing.assert_close(weights.double(), truth, rtol=1e-5, atol=1e-6)
+
+    upstream = torch.randn_like(weights)
+    got = torch.autograd.grad((weights * upstream).sum(), (x, router.weight), retain_graph=True)
+    want = torch.autograd.grad((truth * upstream).sum(), (x, router.weight))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_float32_in_a_bfloat16_model():
+    router = HfMoeTopkRouter(tiny_config()).to(torch.bfloat16)
+    torch.nn.init.normal_(router.weight)
+    logits, weights, _ = router(torch.randn(4, router.hidden_dim, dtype=torch.bfloat16))
+    assert logits.dtype == weights.dtype == torch.float32
+
+
+def test_load_balancing_loss_at_its_extremes():
+    even = torch.full((8, 4), 0.25)
+    index = torch.arange(8).unsqueeze(1) % 4
+    assert load_balancing_loss(even, index, None).item() == pytest.approx(1.0)
+    collapsed = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).repeat(8, 1)
+    assert load_balancing_loss(collapsed, torch.zeros(8, 1, dtype=torch.long), None).item() == pytest.approx(4.0)
+
+
+def test_padding_counts_for_nothing():
+    torch.manual_seed(0)
+    logits = torch.randn(10, 6)
+    scores, index, mask = logits.softmax(-1), logits.topk(2).indices, torch.tensor([1.0] * 7 + [0.0] * 3)
+    expected = load_balancing_loss(scores[:7], index[:7], None)
+    torch.testing.assert_close(load_balancing_loss(scores, index, mask), expected)
+    torch.testing.assert_close(router_z_loss(logits, mask), router_z_loss(logits[:7], None))
+    assert load_balancing_loss(scores, index, torch.zeros(10)).item() == 0.0
+
+
+def test_sequence_loss_is_the_mean_over_sequences():
+    torch.manual_seed(0)
+    logits = torch.randn(12, 6)
+    scores, index = logits.softmax(-1), logits.topk(2).indices
+    halves = [load_balancing_loss(scores[i : i + 6], index[i : i + 6], None) for i in (0, 6)]
+    torch.testing.assert_close(sequence_balancing_loss(scores, index, 2, None), torch.stack(halves).mean())
+
+
+def test_auxiliary_loss_reaches_the_router_and_respects_its_coefficients():
+    model = tiny_model("gqa", router_aux_loss_coef=0.5, router_seq_aux_loss_coef=0.25, router_z_loss_coef=0.125)
+    ids = random_ids(2, 9)
+    out = model(ids, output_router_logits=True)
+    routers = [layer.mlp.gate for layer in model.model.layers[1:]]
+    expected = torch.zeros(())
+    for router, logits in zip(routers, out.router_logits, strict=True):
+        scores = router.scores(logits)
+        index = router.select(scores)[1]
+        expected = expected + 0.5 * load_balancing_loss(scores, index, None) / 2
+        expected = expected + 0.25 * sequence_balancing_loss(scores, index, 2, None) / 2
+        expected = expected + 0.125 * router_z_loss(logits, None) / 2
+    total = auxiliary_loss(model.config, routers, out.router_logits, 2)
+    torch.testing.assert_close(total, expected)
+    total.backward()
+    assert all(router.weight.grad.abs().sum() > 0 for router in routers)
+
+
+def test_loss_has_the_auxiliary_part_in_training_only():
+    model, ids = tiny_model("gqa", router_aux_loss_coef=0.5), random_ids(2, 9)
+    evaluated = model(ids, labels=ids)
+    assert evaluated.aux_loss is None
+    assert evaluated.router_logits is None
+    trained = model.train()(ids, labels=ids)
+    torch.testing.assert_close(trained.loss, evaluated.loss + trained.aux_loss)
+
+
+def test_one_batch_equals_eight_micro_batches():
+    model, ids = tiny_model("gqa", router_aux_loss_coef=0.5, router_z_loss_coef=0.1).train(), random_ids(8, 9)
+    items = torch.tensor(8 * 8)
+    parts = [model(ids[i : i + 1], labels=ids[i : i + 1], num_items_in_batch=items).loss for i in range(8)]
+    aux = [model(ids[i : i + 1], labels=ids[i : i + 1]).aux_loss for i in range(8)]
+    cross_entropy = model.eval()(ids, labels=ids).loss
+    torch.testing.assert_close(sum(parts), cross_entropy + torch.stack(aux).mean())
