@@ -14,6 +14,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -32,12 +33,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm, HfMoeRotaryEmbedding
 from .configuration_hf_moe import HfMoeConfig
+from .parallel_hf_moe import LatentAttentionHeads
 from .routing_hf_moe import HfMoeTopkRouter, auxiliary_loss
 
 # On disk experts are separate (`experts.3.gate_proj.weight`), as every engine reads them; in memory they are fused.
 register_checkpoint_conversion_mapping(
     HfMoeConfig.model_type, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
 )
+ALL_PARALLEL_STYLES.register("latent_attention_heads", LatentAttentionHeads())
 
 
 class HfMoeMLP(nn.Module):
@@ -76,13 +79,13 @@ class HfMoeExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        output = torch.zeros_like(hidden_states)
+        output = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
             gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
             y = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            output = output.index_add(0, token, (y * top_k_weights[token, slot, None]).to(output.dtype))
-        return output
+            output = output.index_add(0, token, y * top_k_weights[token, slot, None])
+        return output.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"

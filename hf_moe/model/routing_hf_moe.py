@@ -21,6 +21,8 @@ class HfMoeTopkRouter(nn.Module):
     A group is ranked by its best expert ("group_limited_greedy") or by its best two ("noaux_tc"). The bias
     `e_score_correction_bias` steers the choice only: no gradient, no part in the weights.
 
+    Weights are fp32, or fp64 where experts compute in fp32 on a CPU.
+
     Gradients: through `weights` to x and W; the choice itself has none.
     Cost: 2·T·D·E FLOPs.
     Source: arXiv:2405.04434 section 2.1.2; arXiv:2412.19437 section 2.1.2; arXiv:2408.15664 (the bias).
@@ -46,7 +48,12 @@ class HfMoeTopkRouter(nn.Module):
         """Return logits (T, E), weights (T, K) and indices (T, K) for hidden states (..., D)."""
         x_TD = hidden_states.reshape(-1, self.hidden_dim)
         router_logits = F.linear(x_TD.float(), self.weight.float())
-        top_k_weights, top_k_index = self.select(self.scores(router_logits))
+        scores = self.scores(router_logits)
+        if x_TD.device.type == "cpu" and x_TD.dtype in (torch.float32, torch.float64):
+            # One precision above the experts' outputs: a mixture of equal experts is then their one MLP to the bit,
+            # where fp32 products would round twice and move a deep model's logits by 1e-4.
+            scores = scores.double()
+        top_k_weights, top_k_index = self.select(scores)
         return router_logits, top_k_weights, top_k_index
 
     def scores(self, router_logits: torch.Tensor) -> torch.Tensor:
