@@ -1,0 +1,60 @@
+"""Hopper's bulk tensor copies: when a tensor can be described for them, and the descriptors that the grouped kernels share."""
+
+import functools
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .tuning import Tile
+
+
+@functools.cache
+def _properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def can_describe(tensor: torch.Tensor) -> bool:
+    """A descriptor needs Hopper or newer, 16-byte rows and a contiguous last dimension."""
+    if tensor.device.type == "cuda":
+        if _properties(tensor.device).major < 9:
+            return False
+    elif not interpreted():
+        return False
+    unit = 16 // tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in tensor.stride()[:-1])
+    return tensor.numel() > 0 and tensor.stride(-1) == 1 and aligned
+
+
+def row_descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def weight_descriptor(weight_EOI: torch.Tensor, groups: int, columns: int, depth: int) -> TensorDescriptor:
+    """Tiles of `columns` output columns, taken in equal parts from each group, by `depth` input columns."""
+    E, n_out, n_in = weight_EOI.shape
+    stride_e, stride_o, stride_i = weight_EOI.stride()
+    part = n_out // groups
+    if stride_i == 1:
+        shape, strides = [E, groups, part, n_in], [stride_e, part * stride_o, stride_o, 1]
+        return TensorDescriptor(weight_EOI, shape, strides, [1, groups, columns // groups, depth])
+    shape, strides = [E, n_in, groups, part], [stride_e, stride_i, part, 1]
+    return TensorDescriptor(weight_EOI, shape, strides, [1, depth, groups, columns // groups])
+
+
+def programs(tile: Tile, work: int, device: torch.device) -> int:
+    """Programs to launch for `work` tiles: one each, or a fixed number that loops over them."""
+    if not tile.per_sm:
+        return work
+    processors = 2 if device.type == "cpu" else _properties(device).multi_processor_count
+    return max(1, min(work, tile.per_sm * processors))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """tf32 only where the user lets torch use it for matrix products."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

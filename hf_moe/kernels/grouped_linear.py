@@ -1,0 +1,230 @@
+"""Multiply each sorted row by the matrix of the expert that owns it: the down-projection and both gradients of inputs.
+
+Letters: N routed rows, I input columns, O output columns, E experts, G groups of output columns (gate and up: 2).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.ragged_tma import create_ragged_descriptor, store_ragged
+
+from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
+from .routing import Routing
+from .tuning import Tile
+
+
+@triton.jit
+def tile_of(work, tiles, columns, GROUP: tl.constexpr):
+    """Walk GROUP row tiles for each column tile, so that an expert's weights and rows meet in L2."""
+    width = GROUP * columns
+    first = (work // width) * GROUP
+    height = tl.minimum(tiles - first, GROUP)
+    return first + (work % width) % height, (work % width) // height
+
+
+@triton.jit
+def dot_rows(
+    x,
+    w,
+    row_ptr,
+    expert,
+    first,
+    last,
+    column,
+    N_IN,
+    GROUP_OUT,
+    PER_TOKEN,
+    x_stride,
+    w_stride_e,
+    w_stride_o,
+    w_stride_i,
+    GATHER: tl.constexpr,
+    X_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    IN_FIRST: tl.constexpr,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x[first : first + BM] @ w[expert, G column groups].T in fp32; rows from `last` on are unspecified."""
+    rows = first + tl.arange(0, BM)
+    if not X_TMA:
+        if GATHER:
+            rows = tl.load(row_ptr + rows, mask=rows < last, other=0) // PER_TOKEN
+        else:
+            rows = tl.minimum(rows, last - 1)
+        x_rows = x + rows.to(tl.int64)[:, None] * x_stride
+    out = tl.arange(0, BN)
+    out_in_group = column + out % (BN // G)
+    if not W_TMA:
+        out = (out // (BN // G)) * GROUP_OUT + out_in_group
+        w_columns = w + expert.to(tl.int64) * w_stride_e + out.to(tl.int64)[None, :] * w_stride_o
+    total = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, N_IN, BK):
+        at = k + tl.arange(0, BK)
+        if X_TMA:
+            x_tile = x.load([first, k])
+        elif EVEN_K:
+            x_tile = tl.load(x_rows + at[None, :])
+        else:
+            x_tile = tl.load(x_rows + at[None, :], mask=at[None, :] < N_IN, other=0.0)
+        if W_TMA:
+            if IN_FIRST:
+                w_tile = w.load([expert, k, 0, column]).reshape(BK, BN)
+            else:
+                w_tile = w.load([expert, 0, column, k]).reshape(BN, BK).T
+        else:
+            w_mask = (at[:, None] < N_IN) & (out_in_group[None, :] < GROUP_OUT)
+            w_tile = tl.load(w_columns + at.to(tl.int64)[:, None] * w_stride_i, mask=w_mask, other=0.0)
+        total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _grouped_linear_kernel(
+    x,
+    w,
+    bias_ptr,
+    y,
+    y_ptr,
+    row_ptr,
+    tile_ptr,
+    max_tiles,
+    N_IN,
+    N_OUT,
+    PER_TOKEN,
+    x_stride,
+    w_stride_e,
+    w_stride_o,
+    w_stride_i,
+    GATHER: tl.constexpr,
+    X_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    Y_TMA: tl.constexpr,
+    IN_FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles = tl.load(tile_ptr + 3 * max_tiles)
+    columns = tl.cdiv(N_OUT, BN)
+    for work in tl.range(tl.program_id(0), tiles * columns, tl.num_programs(0), flatten=FLATTEN):
+        tile, column = tile_of(work, tiles, columns, GROUP)
+        column *= BN
+        expert = tl.load(tile_ptr + tile)
+        first = tl.load(tile_ptr + max_tiles + tile)
+        last = tl.load(tile_ptr + 2 * max_tiles + tile)
+        total = dot_rows(
+            x,
+            w,
+            row_ptr,
+            expert,
+            first,
+            last,
+            column,
+            N_IN,
+            N_OUT,
+            PER_TOKEN,
+            x_stride,
+            w_stride_e,
+            w_stride_o,
+            w_stride_i,
+            GATHER,
+            X_TMA,
+            W_TMA,
+            IN_FIRST,
+            1,
+            BM,
+            BN,
+            BK,
+            EVEN_K,
+            PRECISION,
+        )
+        out = column + tl.arange(0, BN)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + expert.to(tl.int64) * N_OUT + out, mask=out < N_OUT, other=0.0)
+            total += bias.to(tl.float32)[None, :]
+        if Y_TMA:
+            # Two halves: the staging buffer is half as large, which leaves room for one more stage of loads.
+            low, high = tl.split(total.to(y_ptr.dtype.element_ty).reshape(BM, 2, BN // 2).permute(0, 2, 1))
+            store_ragged(y, first, last - first, [0, column], low)
+            store_ragged(y, first, last - first, [0, column + BN // 2], high)
+        else:
+            rows = first + tl.arange(0, BM)
+            y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N_OUT + out[None, :]
+            mask = (rows[:, None] < last) & (out[None, :] < N_OUT)
+            tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weight_EOI: torch.Tensor,
+    routing: Routing,
+    tile: Tile,
+    *,
+    bias_EO: torch.Tensor | None = None,
+    per_token: int | None = None,
+    zero_unowned: bool = False,
+) -> torch.Tensor:
+    """Multiply each sorted row by the matrix of the expert that owns it.
+
+        y[n] = weight[e] @ x[row] + bias[e]     row = n, or routing.row[n] // per_token when that is given
+
+    Args:
+        x: (N, I) rows sorted by expert or, with per_token, (T, I) tokens; fp32, bf16 or fp16, contiguous in I.
+        weight_EOI: x's dtype, any strides (a transposed view costs nothing).
+        routing: from `route`, with tiles of tile.m rows.
+        bias_EO: contiguous.
+        zero_unowned: write zeros for rows of no expert; otherwise they stay unwritten.
+    Returns:
+        y_NO in x's dtype, accumulated in fp32.
+    Cost: 2·N·I·O FLOPs, one launch, no host synchronisation.
+    Source: dropless grouped computation, arXiv:2211.15841; gather fused as in arXiv:2403.08245.
+    """
+    E, n_out, n_in = weight_EOI.shape
+    N = routing.row_N.numel()
+    allocate = x.new_zeros if zero_unowned else x.new_empty
+    y_NO = allocate((N, n_out))
+    in_first = weight_EOI.stride(2) != 1
+    x_tma = per_token is None and can_describe(x)
+    w_tma = can_describe(weight_EOI.transpose(1, 2) if in_first else weight_EOI)
+    y_tma = tile.tma_store and can_describe(y_NO)
+    _grouped_linear_kernel[(programs(tile, routing.max_tiles * triton.cdiv(n_out, tile.n), x.device),)](
+        row_descriptor(x, tile.m, tile.k) if x_tma else x,
+        weight_descriptor(weight_EOI, 1, tile.n, tile.k) if w_tma else weight_EOI,
+        bias_EO,
+        create_ragged_descriptor(y_NO, [tile.m, tile.n // 2]) if y_tma else None,
+        y_NO,
+        routing.row_N,
+        routing.tile,
+        routing.max_tiles,
+        n_in,
+        n_out,
+        per_token or 1,
+        x.stride(0),
+        *weight_EOI.stride(),
+        GATHER=per_token is not None,
+        X_TMA=x_tma,
+        W_TMA=w_tma,
+        Y_TMA=y_tma,
+        IN_FIRST=in_first,
+        HAS_BIAS=bias_EO is not None,
+        BM=tile.m,
+        BN=tile.n,
+        BK=tile.k,
+        EVEN_K=n_in % tile.k == 0,
+        GROUP=tile.group,
+        FLATTEN=tile.flatten,
+        PRECISION=dot_precision(x.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y_NO

@@ -1,0 +1,339 @@
+"""The expert layer as operators that autograd, torch.compile and CUDA graphs see whole.
+
+    out[t] = Σ_k weight[t, k] · (down[e] @ gate(up[e] @ x[t] + up_bias[e]) + down_bias[e])      e = index[t, k]
+
+Letters: T tokens, K experts a token, N = T·K routed rows, D hidden, F expert width, H = 2F (gated) or F, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import tuning
+from .combine import combine, spread
+from .gating import Gating, gating_gradient
+from .grouped_linear import grouped_linear
+from .routing import Routing, max_tiles, route
+from .up_projection import up_projection
+from .weight_gradient import bias_gradient, weight_gradient
+
+KEEP_NOTHING, KEEP_H, KEEP_X = 0, 1, 2
+
+_GATING = "str act, float alpha, float? limit, float up_offset, bool gated, bool interleaved"
+_ROUTING = "Tensor row, Tensor position, Tensor offset, Tensor tile"
+_WEIGHTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
+
+_library = torch.library.Library("hf_moe", "FRAGMENT")
+_library.define(f"experts(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {_GATING}, int keep) -> (Tensor, Tensor, "
+                "Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+_library.define(f"experts_backward(Tensor dout, Tensor x, Tensor h, Tensor index, Tensor weight, {_WEIGHTS}, "
+                f"{_ROUTING}, {_GATING}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+_library.define("route(Tensor index, int n_experts, int tile_rows) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"grouped_linear(Tensor x, Tensor weight, Tensor? bias, {_ROUTING}, int tile_rows, int per_token)"
+                " -> Tensor")  # fmt: skip
+_library.define(f"grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, {_ROUTING}, int tile_rows, "
+                "int per_token, bool[] needs) -> (Tensor, Tensor, Tensor)")  # fmt: skip
+
+
+def _implement(name: str):
+    return torch.library.impl(f"hf_moe::{name}", "CompositeExplicitAutograd", lib=_library)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """A matrix side must be contiguous; which of the two does not matter."""
+    return weight if 1 in weight.stride()[1:] else weight.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _weight_gradient_as(weight: Tensor, left: Tensor, right: Tensor, *args, **kwargs) -> Tensor:
+    """The gradient in the memory order of the weight, so that accumulating it copies nothing."""
+    if weight.stride(2) == 1:
+        return weight_gradient(left, right, *args, **kwargs)
+    return weight_gradient(right, left, *args, **kwargs).transpose(1, 2)
+
+
+class _Plan(NamedTuple):
+    """The tiles of one call; every kernel that walks row tiles walks those of the same height."""
+
+    up: tuning.Tile
+    down: tuning.Tile
+    gate_gradient: tuning.Tile
+    x_gradient: tuning.Tile
+    up_gradient: tuning.Tile
+    down_gradient: tuning.Tile
+
+    @classmethod
+    def of(cls, x: Tensor, n_routes: int, n_experts: int) -> "_Plan":
+        return cls(*(tuning.choose(op, x.device, x.dtype, n_routes // max(n_experts, 1)) for op in cls._fields))
+
+
+def _experts(x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, up_offset, gated, interleaved, keep):
+    gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
+    x, up, down = _rows(x), _dense(up), _dense(down)
+    (T, K), E = index.shape, up.shape[0]
+    if T == 0:
+        none = index.new_empty(0, dtype=torch.int32)
+        return x.new_zeros(x.shape), x.new_empty(0), none, none.clone(), none.clone(), none.clone()
+    plan = _Plan.of(x, T * K, E)
+    routing = route(index, E, plan.up.m)
+    h, a = up_projection(
+        x, up, routing, gating, plan.up, per_token=K, bias_EH=up_bias, store_h=keep == KEEP_H
+    )
+    assert a is not None
+    y = grouped_linear(a, down, routing, plan.down, bias_EO=down_bias)
+    out = combine(y, weight, routing, K)
+    return out, x.new_empty(0) if h is None else h, *routing[:4]
+
+
+def _experts_fake(x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, up_offset, gated, interleaved, keep):
+    (T, K), E = index.shape, up.shape[0]
+    out = x.new_empty(x.shape)
+    h = x.new_empty((T * K, up.shape[1])) if keep == KEEP_H else x.new_empty(0)
+    # A symbolic T stands for a batch that is not empty.
+    if isinstance(T, int) and T == 0:
+        sizes = [0, 0, 0, 0]
+        h = x.new_empty(0)
+    else:
+        rows = tuning.choose("up", x.device, x.dtype, tuning.hint(T) * K // E).m
+        tiles = torch.sym_min(torch.sym_int((T * K + rows - 1) // rows) + E, T * K)
+        sizes = [T * K, T * K, E + 1, 3 * tiles + 1]
+    return out, h, *(index.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+def _experts_backward(
+    dout, x, h, index, weight, up, down, up_bias, down_bias, row, position, offset, tile,
+    act, alpha, limit, up_offset, gated, interleaved, needs,
+):  # fmt: skip
+    gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
+    needs_x, needs_weight, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
+    x, up, down, dout = _rows(x), _dense(up), _dense(down), dout.contiguous()
+    (T, K), E = index.shape, up.shape[0]
+    if T == 0:
+        return tuple(
+            like.new_zeros(like.shape) if need else dout.new_empty(0)
+            for like, need in zip((x, weight, up, down, up_bias, down_bias), needs, strict=True)
+        )
+    none = dout.new_empty(0)
+    dx = dweight = dup = ddown = dup_bias = ddown_bias = none
+    plan = _Plan.of(x, T * K, E)
+    routing = Routing(row, position, offset, tile, plan.up.m)
+    if needs_down_bias:
+        ddown_bias = bias_gradient(dout, routing, per_token=K, weight_TK=weight)
+    if needs_x or needs_weight or needs_up or needs_down or needs_up_bias:
+        if h.numel() == 0:
+            h, _ = up_projection(
+                x, up, routing, gating, plan.up, per_token=K, bias_EH=up_bias, store_h=True, store_a=False
+            )
+        # Rows that a weight gradient reads as a matrix side are worth copying out once.
+        spread_dout = needs_down and tuning.spreads(x.device)
+        dout_rows = spread(dout, routing, K) if spread_dout else dout
+        per_token = None if spread_dout else K
+        da = grouped_linear(dout_rows, down.transpose(1, 2), routing, plan.gate_gradient, per_token=per_token)
+        dh, wa, dweight = gating_gradient(
+            h, da, weight, routing, gating, index_TK=index, dout_TD=dout, bias_ED=down_bias, store_a=needs_down
+        )
+        del da, h
+        if needs_down:
+            if down.stride(2) == 1:
+                ddown = weight_gradient(dout_rows, wa, routing, plan.down_gradient, left_per_token=per_token)
+            else:
+                ddown = weight_gradient(wa, dout_rows, routing, plan.down_gradient, right_per_token=per_token)
+                ddown = ddown.transpose(1, 2)
+        del dout_rows, wa
+        if needs_up_bias:
+            dup_bias = bias_gradient(dh, routing)
+        if needs_up:
+            spread_x = tuning.spreads(x.device)
+            x_rows = spread(x, routing, K) if spread_x else x
+            per_token = None if spread_x else K
+            if up.stride(2) == 1:
+                dup = weight_gradient(dh, x_rows, routing, plan.up_gradient, right_per_token=per_token)
+            else:
+                dup = weight_gradient(x_rows, dh, routing, plan.up_gradient, left_per_token=per_token)
+                dup = dup.transpose(1, 2)
+            del x_rows
+        if needs_x:
+            dx = combine(grouped_linear(dh, up.transpose(1, 2), routing, plan.x_gradient), None, routing, K)
+    return dx, dweight if needs_weight else none, dup, ddown, dup_bias, ddown_bias
+
+
+def _experts_backward_fake(
+    dout, x, h, index, weight, up, down, up_bias, down_bias, row, position, offset, tile,
+    act, alpha, limit, up_offset, gated, interleaved, needs,
+):  # fmt: skip
+    return tuple(
+        torch.empty_like(like) if need else dout.new_empty(0)
+        for like, need in zip((x, weight, up, down, up_bias, down_bias), needs, strict=True)
+    )
+
+
+def _experts_setup(ctx, inputs, output):
+    x, index, weight, up, down, up_bias, down_bias, *gating, keep = inputs
+    out, h, *routing = output
+    ctx.mark_non_differentiable(h, *routing)
+    ctx.set_materialize_grads(False)
+    ctx.gating, ctx.keep = gating, keep
+    ctx.save_for_backward(x, h, index, weight, up, down, up_bias, down_bias, *routing)
+
+
+def _experts_autograd(ctx, dout, *_):
+    nothing = [None] * 7
+    if dout is None:
+        return (None,) * 14
+    x, h, index, weight, up, down, up_bias, down_bias, *routing = ctx.saved_tensors
+    at = (0, 2, 3, 4, 5, 6)
+    needs = [ctx.needs_input_grad[i] for i in at]
+    found = torch.ops.hf_moe.experts_backward(
+        dout, x, h, index, weight, up, down, up_bias, down_bias, *routing, *ctx.gating, needs
+    )
+    dx, dweight, dup, ddown, dup_bias, ddown_bias = (g if need else None for g, need in zip(found, needs, strict=True))
+    return dx, None, dweight, dup, ddown, dup_bias, ddown_bias, *nothing
+
+
+_implement("experts")(_experts)
+_implement("experts_backward")(_experts_backward)
+torch.library.register_fake("hf_moe::experts", _experts_fake, lib=_library)
+torch.library.register_fake("hf_moe::experts_backward", _experts_backward_fake, lib=_library)
+torch.library.register_autograd("hf_moe::experts", _experts_autograd, setup_context=_experts_setup, lib=_library)
+
+
+def experts(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+    *,
+    gating: Gating = Gating(),  # noqa: B008 a NamedTuple is immutable
+    recompute: bool = False,
+) -> Tensor:
+    """A mixture of expert MLPs, applied to each token's experts and summed with its routing weights.
+
+        out[t] = Σ_k weight[t, k] · (down[e] @ gate(up[e] @ x[t] + up_bias[e]) + down_bias[e])      e = index[t, k]
+
+    Args:
+        x_TD: tokens; fp32, bf16 or fp16. T may be 0.
+        index_TK: int32 or int64. An id outside 0 .. E-1 is a route of no expert: it adds exactly zero.
+        weight_TK: routing weights, any float dtype.
+        up_EHD, down_EDF: x's dtype; views with swapped last dimensions are read in place.
+        up_bias_EH, down_bias_ED: both or neither may be given, contiguous.
+        gating: the function between the two projections, and the order of up's rows.
+        recompute: keep only x for the backward, which then runs the first projection again.
+    Returns:
+        out_TD in x's dtype; every product is accumulated in fp32.
+    Gradients: everything but index. A frozen tensor's is not computed. An expert without rows gets exactly zero.
+    Kept for backward: x, h (N·H, unless recomputed), index, weight, and 4·(2N + E) bytes of row numbers.
+    Cost: 2·N·D·(H + F) FLOPs forward, twice that backward; no host synchronisation, no atomics.
+    Source: dropless grouped computation, arXiv:2211.15841; gathers fused, arXiv:2403.08245; dw = ⟨downᵀ dout, a⟩ so that
+        the rows of output need not be kept, arXiv:2512.14080.
+    """
+    differentiable = (x_TD, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED)
+    keep = KEEP_NOTHING
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        keep = KEEP_X if recompute else KEEP_H
+    out, *_ = torch.ops.hf_moe.experts(
+        x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED, *gating, keep
+    )
+    return out
+
+
+def _route(index, n_experts, tile_rows):
+    return tuple(route(index, n_experts, tile_rows)[:4])
+
+
+def _route_fake(index, n_experts, tile_rows):
+    N = index.numel()
+    tiles = torch.sym_min((N + tile_rows - 1) // tile_rows + n_experts, N)
+    return tuple(index.new_empty(size, dtype=torch.int32) for size in (N, N, n_experts + 1, 3 * tiles + 1))
+
+
+def _grouped_linear(x, weight, bias, row, position, offset, tile, tile_rows, per_token):
+    routing, weight = Routing(row, position, offset, tile, tile_rows), _dense(weight)
+    choice = tuning.choose("down", x.device, x.dtype, row.numel() // weight.shape[0])._replace(m=tile_rows)
+    return grouped_linear(
+        _rows(x), weight, routing, choice, bias_EO=bias, per_token=per_token or None, zero_unowned=True
+    )
+
+
+def _grouped_linear_backward(dy, x, weight, row, position, offset, tile, tile_rows, per_token, needs):
+    routing, weight = Routing(row, position, offset, tile, tile_rows), _dense(weight)
+    dy, x, none = dy.contiguous(), _rows(x), dy.new_empty(0)
+    dx = dweight = dbias = none
+    rows = row.numel() // weight.shape[0]
+    if needs[0]:
+        choice = tuning.choose("x_gradient", x.device, x.dtype, rows)._replace(m=tile_rows)
+        dx = grouped_linear(dy, weight.transpose(1, 2), routing, choice, zero_unowned=True)
+        if per_token:
+            dx = combine(dx, None, routing, per_token)
+    if needs[1]:
+        choice = tuning.choose("up_gradient", x.device, x.dtype, rows)
+        if weight.stride(2) == 1:
+            dweight = weight_gradient(dy, x, routing, choice, right_per_token=per_token or None)
+        else:
+            dweight = weight_gradient(x, dy, routing, choice, left_per_token=per_token or None).transpose(1, 2)
+    if needs[2]:
+        dbias = bias_gradient(dy, routing)
+    return dx, dweight, dbias
+
+
+def _grouped_linear_setup(ctx, inputs, output):
+    x, weight, bias, *routing, ctx.tile_rows, ctx.per_token = inputs
+    ctx.save_for_backward(x, weight, *routing)
+
+
+def _grouped_linear_autograd(ctx, dy):
+    x, weight, *routing = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    found = torch.ops.hf_moe.grouped_linear_backward(dy, x, weight, *routing, ctx.tile_rows, ctx.per_token, needs)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), *([None] * 6)
+
+
+_implement("route")(_route)
+_implement("grouped_linear")(_grouped_linear)
+_implement("grouped_linear_backward")(_grouped_linear_backward)
+torch.library.register_fake("hf_moe::route", _route_fake, lib=_library)
+torch.library.register_fake(
+    "hf_moe::grouped_linear",
+    lambda x, weight, bias, row, *_: x.new_empty((row.shape[0], weight.shape[1])),
+    lib=_library,
+)
+torch.library.register_fake(
+    "hf_moe::grouped_linear_backward",
+    lambda dy, x, weight, row, position, offset, tile, tile_rows, per_token, needs: (
+        torch.empty_like(x) if needs[0] else dy.new_empty(0),
+        torch.empty_like(weight) if needs[1] else dy.new_empty(0),
+        dy.new_empty(weight.shape[:2]) if needs[2] else dy.new_empty(0),
+    ),
+    lib=_library,
+)
+torch.library.register_autograd(
+    "hf_moe::grouped_linear", _grouped_linear_autograd, setup_context=_grouped_linear_setup, lib=_library
+)
+
+
+def experts_with_gate(x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED, *, gate) -> Tensor:
+    """`experts` with any row-wise torch function for a gate: unfused, and autograd keeps what `gate` needs.
+
+    Args:
+        gate: (N, H) → (N, F), for instance a module's own `_apply_gate`. The rest is as for `experts`.
+    """
+    if index_TK.shape[0] == 0:
+        return x_TD * 1
+    T, K = index_TK.shape
+    rows = tuning.choose("up", x_TD.device, x_TD.dtype, tuning.hint(T) * K // up_EHD.shape[0]).m
+    routing = torch.ops.hf_moe.route(index_TK, up_EHD.shape[0], rows)
+    h_NH = torch.ops.hf_moe.grouped_linear(x_TD, up_EHD, up_bias_EH, *routing, rows, K)
+    y_ND = torch.ops.hf_moe.grouped_linear(gate(h_NH), down_EDF, down_bias_ED, *routing, rows, 0)
+    position_N = routing[1]
+    owned_TK1 = (position_N >= 0).view(T, K, 1)
+    y_TKD = y_ND[position_N.clamp(min=0)].view(T, K, -1)
+    return (y_TKD * weight_TK.unsqueeze(-1)).masked_fill(~owned_TK1, 0.0).sum(1).to(x_TD.dtype)
+
+
+__all__ = ["Gating", "experts", "experts_with_gate", "max_tiles"]
