@@ -1,0 +1,96 @@
+"""The model card: where the model came from, what was done to it, and under which licence."""
+
+from pathlib import Path
+
+from .options import MODES
+from .plan import Plan
+from .sources import Source
+
+_CARD = """---
+license: {license}
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- mixture-of-experts
+- latent-attention
+- hf_moe
+{base_model}---
+
+# {title}
+
+A latent-attention mixture of experts, made from the dense model `{source}`{revision} by `hf_moe`.
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| layers | {layers}, of which {sparse} with experts |
+| experts | {experts}, of which {top_k} for each token{shared} |
+| cache | {cache:,} numbers a token and layer |
+| mode | `{mode}`: {explanation} |
+| attention | `{attention}` |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+Made with
+
+```
+{command}
+```
+
+`provenance.json` names, for every tensor, the source tensors it was made of and the SHA-256 of both.
+`certificate.json`, where present, holds the measured differences from the source (`hf-moe verify`).
+
+## Licence
+
+{license_note}
+"""
+
+
+def write_card(plan: Plan, source: Source, folder: Path) -> None:
+    """Write README.md: the same text for the same conversion, so without a date."""
+    license_name = source.license()
+    note = f"The source states `{license_name}`, which holds for this model too."
+    if license_name is None:
+        note = "The source states no licence: find out whose work it is before sharing this model."
+    config = plan.config
+    name = folder.name.removeprefix(".").removesuffix(".partial")
+    text = _CARD.format(
+        license=license_name or "other",
+        # The Hub shows a link to a base model that it knows by id.
+        base_model=f"base_model: {source.title}\n" if source.revision else "",
+        title=name,
+        folder=name,
+        source=source.title,
+        revision=f" at revision `{source.revision}`" if source.revision else "",
+        parameters=plan.parameters,
+        layers=config["num_hidden_layers"],
+        sparse=config["mlp_layer_types"].count("sparse"),
+        experts=config["n_routed_experts"],
+        top_k=config["num_experts_per_tok"],
+        shared=f", and {config['n_shared_experts']} for all" if config["n_shared_experts"] else "",
+        cache=config["kv_lora_rank"] + config["num_key_value_heads"] * config["qk_rope_head_dim"],
+        mode=plan.options.mode,
+        explanation=MODES[plan.options.mode],
+        attention=plan.options.attention,
+        command=command_line(plan, source, name),
+        license_note=note,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def command_line(plan: Plan, source: Source, name: str) -> str:
+    """The command that makes this model again."""
+    options = plan.options
+    words = [f"hf-moe upcycle {source.title} {name} --mode {options.mode}"]
+    words.append(f"--experts {options.experts} --top-k {options.top_k}")
+    if options.mode == "split":
+        words.append(f"--shards {options.shards} --shared-shards {options.shared_shards}")
+    if options.dense_layers:
+        words.append(f"--dense-layers {','.join(map(str, options.dense_layers))}")
+    words.append(f"--attention {options.attention} --router {options.router} --dtype {options.dtype}")
+    return " ".join([*words, f"--seed {options.seed}"])

@@ -1,0 +1,202 @@
+"""`upcycle`: from a dense checkpoint to a folder that appears whole or not at all."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .card import write_card
+from .headers import INDEX_NAME
+from .journal import JOURNAL_NAME, Journal
+from .options import Options
+from .plan import Plan, make_plan
+from .progress import byte_bar
+from .sources import COPIED_FILES, FolderSource, GgufSource, Source, open_source
+from .stream import write_weights
+
+PROVENANCE_NAME = "provenance.json"
+# Files that are not weights; a few megabytes of tokenizer at most.
+_SMALL_FILES = 64 * 1024 * 1024
+
+
+def upcycle(source: str | Path, out: str | Path, *, progress: bool = True, **choices: Any) -> Path:
+    """Convert a dense checkpoint into a latent-attention mixture of experts.
+
+        upcycle("HuggingFaceTB/SmolLM2-135M-Instruct", "moe", mode="copy", experts=4, top_k=2)
+
+    The weights are written into a hidden folder beside `out`, which takes its name when all is done. A run that was
+    interrupted is continued by the next one with the same arguments, and ends in the same bytes.
+
+    Args:
+        source: folder of safetensors, GGUF file, or Hub id (`owner/name`, `owner/name@revision`).
+        out: folder to make; it must not exist.
+        progress: whether to draw progress bars.
+        choices: fields of `Options`.
+    Returns:
+        `out`.
+    Raises:
+        ValueError: bad choices, or a source that is unknown, damaged or cannot be held; nothing is left behind.
+        FileExistsError: `out` exists. ConnectionError: the Hub is out of reach.
+        OSError: the disk is full; what was written stays in the hidden folder for the next run.
+    Cost: memory of one layer; the target is written once.
+    """
+    options = Options(**choices)
+    target = check_target(out)
+    return convert(open_source(source), target, options, progress)
+
+
+def check_target(out: str | Path) -> Path:
+    """The absolute path of a folder that can be made.
+
+    Raises:
+        FileExistsError, ValueError.
+    """
+    target = Path(out).expanduser().absolute()
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{out} exists; choose another name or remove it")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent} does not exist, so {target.name} cannot be made in it")
+    return target
+
+
+def partial_folder(target: Path) -> Path:
+    """The hidden sibling in which a conversion works."""
+    return target.parent / f".{target.name}.partial"
+
+
+def convert(source: Source, target: Path, options: Options, progress: bool) -> Path:
+    """As `upcycle`, from an opened source and a checked target."""
+    from ..model.configuration_hf_moe import HfMoeConfig
+
+    plan = make_plan(source, options)
+    # Refuses, before anything is written, what the model could not be built from.
+    config = HfMoeConfig(**plan.config)
+    digest = plan.digest(source.fingerprint(), config.to_dict())
+    partial = partial_folder(target)
+    _check_space(target.parent, plan, partial)
+    partial.mkdir(exist_ok=True)
+    journal = Journal(partial, digest)
+    try:
+        if not journal.resume():
+            _clear(partial)
+        with byte_bar("writing weights", plan.nbytes, progress) as advance:
+            advance(sum(len(shard.header) for shard in plan.shards))
+            write_weights(plan, source, partial, journal, advance)
+        write_rest(plan, source, config, partial, journal)
+        (partial / JOURNAL_NAME).unlink()
+        _sync_folder(partial)
+        os.rename(partial, target)
+        _sync_folder(target.parent)
+    except ValueError:
+        # The source or the choice is at fault: no later run could go on from here.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk is full: {target.name} needs {plan.nbytes:,} bytes; free some space and run the same "
+                f"command again, it goes on from {partial.name}",
+            ) from error
+        raise
+    finally:
+        journal.close()
+    return target
+
+
+def _check_space(folder: Path, plan: Plan, partial: Path) -> None:
+    present = sum(path.stat().st_size for path in partial.glob("*")) if partial.is_dir() else 0
+    needed, free = plan.nbytes + _SMALL_FILES - present, shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"not enough space in {folder}: {needed:,} bytes needed, {free:,} free")
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != JOURNAL_NAME:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_rest(plan: Plan, source: Source, config: Any, folder: Path, journal: Journal) -> None:
+    """Everything beside the weights: index, configuration, modelling files, tokenizer, card, provenance."""
+    from .. import model
+
+    _write_json(folder / INDEX_NAME, plan.index())
+    config.save_pretrained(folder)
+    for path in sorted(Path(str(model.__file__)).parent.glob("*_hf_moe.py")):
+        shutil.copyfile(path, folder / path.name)
+    copy_tokenizer(source, folder)
+    if not (folder / "generation_config.json").is_file():
+        _write_generation_config(plan, folder)
+    write_card(plan, source, folder)
+    _write_json(folder / PROVENANCE_NAME, provenance(plan, source, folder, journal))
+
+
+def copy_tokenizer(source: Source, folder: Path) -> None:
+    """Tokenizer, chat template and generation settings, copied, or translated from a GGUF file."""
+    if isinstance(source, FolderSource):
+        for pattern in COPIED_FILES:
+            for path in sorted(source.path.glob(pattern)):
+                if path.is_file():
+                    shutil.copyfile(path, folder / path.name)
+    elif isinstance(source, GgufSource) and source.has_tokenizer():
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(**source.load_arguments()).save_pretrained(folder)
+
+
+def _write_generation_config(plan: Plan, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    GenerationConfig(**{name: plan.config[name] for name in names}).save_pretrained(folder)
+
+
+def provenance(plan: Plan, source: Source, folder: Path, journal: Journal) -> dict[str, Any]:
+    """Which bytes of the source made each tensor, and the hash of everything in the folder."""
+    tensors = []
+    places = [(shard.file, tensor) for shard in plan.shards for tensor in shard.tensors]
+    for (file, tensor), entry in zip(places, journal.entries, strict=True):
+        sources = [
+            {"name": part.name, "rows": None if part.stop is None else [part.start, part.stop], "sha256": sha256}
+            for part, sha256 in zip(tensor.parts, entry["inputs"], strict=True)
+        ]
+        tensors.append(
+            {
+                "name": tensor.name,
+                "file": file,
+                "rule": tensor.rule,
+                "arguments": dict(tensor.arguments),
+                "sources": sources,
+                "sha256": entry["sha256"],
+            }
+        )
+    headers = {shard.file: hashlib.sha256(shard.header).hexdigest() for shard in plan.shards}
+    small = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name not in headers and path.name not in (JOURNAL_NAME, "README.md", PROVENANCE_NAME)
+    }
+    return {
+        "format": 1,
+        "source": {"name": source.title, "revision": source.revision, "family": plan.family},
+        "options": plan.options.to_dict(),
+        "files": small,
+        "shard_headers": headers,
+        "tensors": tensors,
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""What a user may choose about a conversion, checked once."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MODES = {
+    "copy": "every expert is the dense MLP; exact",
+    "split": "the dense MLP cut into shards, one shared and the others copied; exact",
+}
+EXACT_MODES = ("copy", "split")
+ATTENTIONS = {"exact": "grouped-query attention as latent attention, same logits, same cache size"}
+ROUTERS = {
+    "random": "normal weights of standard deviation router_std",
+    "zero": "zeros: every token prefers the first experts",
+}
+DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices of one conversion.
+
+    Attributes:
+        mode: a key of `MODES`.
+        experts, top_k: E and K of the target. `experts=1` keeps the MLPs dense and converts the attention only.
+        shards: into how many parts `split` cuts the MLP; 1 elsewhere.
+        shared_shards: how many of them are always on.
+        attention: a key of `ATTENTIONS`. router: a key of `ROUTERS`, with `router_std`.
+        dense_layers: layers that keep their MLP.
+        dtype: "auto" keeps the source's; a GGUF's is float32.
+        seed: of everything random.
+        max_shard_bytes: size limit of one file of the target.
+
+    Raises:
+        ValueError: with both numbers, when they cannot go together.
+    """
+
+    mode: str = "copy"
+    experts: int = 8
+    top_k: int = 2
+    shards: int = 1
+    shared_shards: int = 0
+    attention: str = "exact"
+    router: str = "random"
+    router_std: float = 0.02
+    dense_layers: tuple[int, ...] = ()
+    dtype: str = "auto"
+    seed: int = 0
+    max_shard_bytes: int = 1_000_000_000
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", MODES), ("attention", ATTENTIONS), ("router", ROUTERS), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known are {', '.join(known)}")
+        for name in ("experts", "top_k", "shards", "max_shard_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.experts > 1 and self.top_k > self.experts:
+            raise ValueError(f"top_k={self.top_k} is above experts={self.experts}")
+        if self.mode == "split":
+            self._check_split()
+        elif self.shards != 1 or self.shared_shards:
+            raise ValueError(
+                f"shards={self.shards} and shared_shards={self.shared_shards} belong to mode='split', "
+                f"not to mode={self.mode!r}"
+            )
+
+    def _check_split(self) -> None:
+        if self.shards < 2:
+            raise ValueError(f"mode='split' needs at least 2 shards, got {self.shards}")
+        if not 0 <= self.shared_shards < self.shards:
+            raise ValueError(f"shared_shards={self.shared_shards} must be at least 0 and below shards={self.shards}")
+        if self.router == "zero":
+            raise ValueError("mode='split' needs router='random': with equal scores a token would miss a shard")
+        routed = self.shards - self.shared_shards
+        for name in ("experts", "top_k"):
+            if getattr(self, name) % routed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not a multiple of the {routed} routed shards "
+                    f"(shards={self.shards}, shared_shards={self.shared_shards}): every token needs each of them"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)

@@ -1,0 +1,386 @@
+"""The plan of a conversion: every tensor of the target, where it comes from and where it will stand on disk.
+
+Made from headers alone: no weights are read and torch is not needed. What a plan says is all that the later steps do.
+Letters: D hidden, F expert width, E experts, H heads, G key groups, C latent width, P rotary width, N position-free
+width of a key head, V width of a value head.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from .families import IGNORED, INNER, Family, Part, family_of, head_dim, role_rows
+from .headers import FLOAT_TYPES, INDEX_NAME, ITEM_SIZE
+from .options import DTYPES, Options
+from .sources import Source
+
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class TargetTensor:
+    """One tensor of the target: `rule` applied to `parts` of the source with `arguments`, stored as `dtype`.
+
+    `layer` is the layer that it belongs to, None outside; sources are kept in memory for one layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rule: str
+    parts: tuple[Part, ...]
+    arguments: tuple[tuple[str, Any], ...]
+    layer: int | None
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        return prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the target: its header's bytes and the tensors in file order."""
+
+    file: str
+    header: bytes
+    tensors: tuple[TargetTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole file."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, decided.
+
+    Attributes:
+        source, revision: what is converted. options: how.
+        config: fields of the target's `HfMoeConfig`.
+        shards: the target's weight files.
+    """
+
+    source: str
+    revision: str | None
+    family: str
+    options: Options
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+
+    def tensors(self) -> Iterator[TargetTensor]:
+        """All tensors, in the order in which they are written."""
+        for shard in self.shards:
+            yield from shard.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all weight files."""
+        return sum(prod(tensor.shape) for tensor in self.tensors())
+
+    def index(self) -> dict[str, Any]:
+        """Content of the index file."""
+        weight_map = {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
+        total = sum(tensor.nbytes for tensor in self.tensors())
+        return {
+            "metadata": {"total_parameters": self.parameters, "total_size": total},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+
+    def digest(self, *more: Any) -> str:
+        """SHA-256 of the plan and of whatever else must not change between two runs."""
+        content = [asdict(tensor) for tensor in self.tensors()]
+        text = json.dumps([self.config, self.options.to_dict(), content, more], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_plan(source: Source, options: Options) -> Plan:
+    """Decide every tensor of the target.
+
+    Raises:
+        ValueError: a tensor that is missing, has another shape than the configuration says, or is not known to the
+            family; an option that the target cannot hold; sizes that do not divide.
+    """
+    family = family_of(source.config)
+    layout = _Layout(source, family, options)
+    layout.check_source()
+    config = layout.target_config()
+    tensors = list(layout.tensors())
+    return Plan(source.location, source.revision, family.model_type, options, config, pack(tensors, options))
+
+
+class _Layout:
+    """Lists the target's tensors of one source, family and choice."""
+
+    def __init__(self, source: Source, family: Family, options: Options):
+        self.headers = source.headers
+        self.family = family
+        self.options = options
+        self.source_config = config = source.config
+        for layer in options.dense_layers:
+            if not 0 <= layer < config["num_hidden_layers"]:
+                raise ValueError(f"dense layer {layer} is none of the {config['num_hidden_layers']} layers")
+        self.fields = family.target_fields(config)
+        self.residual = config.get(family.residual_multiplier, 1.0) if family.residual_multiplier else 1.0
+        self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
+        self.nope, self.value = self.fields["qk_nope_head_dim"], self.fields["v_head_dim"]
+        self.latent = self.groups * (self.value + self.nope)
+        self.width = config["intermediate_size"] // options.shards
+        if config["intermediate_size"] % options.shards:
+            raise ValueError(
+                f"intermediate_size={config['intermediate_size']} is not divisible by shards={options.shards}"
+            )
+        layers = range(config["num_hidden_layers"])
+        self.sparse = [options.experts > 1 and i not in options.dense_layers for i in layers]
+        floats = [header.dtype for header in self.headers.values() if header.dtype in FLOAT_TYPES]
+        if not floats:
+            raise ValueError("the source holds no weights in a floating-point type")
+        self.dtype = DTYPES[options.dtype] or max(sorted(set(floats)), key=floats.count)
+
+    def has(self, role: str, layer: int, suffix: str = "weight") -> bool:
+        return self.part(role, layer, suffix).name in self.headers
+
+    def part(self, role: str, layer: int = 0, suffix: str = "weight") -> Part:
+        return self.family.part(role, layer, self.source_config, suffix)
+
+    def check_source(self) -> None:
+        """Every tensor is known, and those that are needed are there in the shape that the configuration says."""
+        layers = self.source_config["num_hidden_layers"]
+        for name in self.headers:
+            known = self.family.role_of(name)
+            if known is None and not IGNORED.fullmatch(name):
+                raise ValueError(f"{name} is no tensor of {self.family.architecture}, and would be lost")
+            if known is not None and known[1] is not None and known[1] >= layers:
+                raise ValueError(f"{name} belongs to layer {known[1]}, num_hidden_layers={layers}")
+        hidden, vocabulary = self.source_config["hidden_size"], self.source_config["vocab_size"]
+        self._expect("embed", 0, (vocabulary, hidden))
+        self._expect("norm", 0, (hidden,))
+        if not self.fields["tie_word_embeddings"]:
+            self._expect("head", 0, (vocabulary, hidden))
+        for layer in range(layers):
+            modules = self.family.modules()
+            for role, module in modules.items():
+                if role in ("q", "k", "v", "o", "gate", "up", "down"):
+                    fused = self.family.fused.get(module, (role,))
+                    rows = sum(role_rows(other, self.source_config) for other in fused)
+                    columns = {"o": self.heads * self.value, "down": self.source_config["intermediate_size"]}
+                    self._expect(role, layer, (rows, columns.get(role, hidden)))
+                elif role in ("q_norm", "k_norm"):
+                    per_head = self.family.constants["qk_norm"] == "head"
+                    size = head_dim(self.source_config) if per_head else role_rows(role[0], self.source_config)
+                    self._expect(role, layer, (size,))
+                else:
+                    self._expect(role, layer, (hidden,))
+        for role in "qkvo":
+            if 0 < (count := sum(self.has(role, layer, "bias") for layer in range(layers))) < layers:
+                raise ValueError(f"{count} of {layers} layers have a bias in {INNER[role]}: all or none can be held")
+
+    def _expect(self, role: str, layer: int, shape: tuple[int, ...]) -> None:
+        name = self.part(role, layer).name
+        if name not in self.headers:
+            raise ValueError(f"{name} is missing from the source")
+        if self.headers[name].shape != shape:
+            raise ValueError(
+                f"{name} has the shape {list(self.headers[name].shape)}, the configuration says {list(shape)}"
+            )
+
+    def target_config(self) -> dict[str, Any]:
+        options = self.options
+        routed_shards = options.shards - options.shared_shards
+        fields = dict(self.fields)
+        fields |= {
+            "architectures": ["HfMoeForCausalLM"],
+            "dtype": DTYPE_NAMES[self.dtype],
+            "kv_lora_rank": self.latent,
+            "kv_a_layernorm": False,
+            "q_bias": self.has("q", 0, "bias"),
+            "kv_bias": self.has("k", 0, "bias"),
+            "o_bias": self.has("o", 0, "bias") or self.has("v", 0, "bias"),
+            "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in self.sparse],
+            "n_routed_experts": options.experts,
+            "num_experts_per_tok": min(options.top_k, options.experts),
+            "moe_intermediate_size": self.width,
+            "n_shared_experts": options.shared_shards,
+            "norm_topk_prob": True,
+            # Normalised weights sum to 1 over all shards; each shard's share must be 1.
+            "routed_scaling_factor": float(routed_shards * self.residual),
+        }
+        return fields
+
+    def tensors(self) -> Iterator[TargetTensor]:
+        """All of them, the outer ones around the layers."""
+        yield self._copy("model.embed_tokens.weight", self.part("embed"), None)
+        for layer in range(self.source_config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}."
+            for norm in self.family.norms:
+                yield self._norm(f"{prefix}{norm}.weight", self.part(norm, layer), layer)
+            yield from self._attention(f"{prefix}self_attn.", layer)
+            yield from (self._mixture if self.sparse[layer] else self._dense)(f"{prefix}mlp.", layer)
+        yield self._norm("model.norm.weight", self.part("norm"), None)
+        if not self.fields["tie_word_embeddings"]:
+            yield self._copy("lm_head.weight", self.part("head"), None)
+
+    def _attention(self, prefix: str, layer: int) -> Iterator[TargetTensor]:
+        shape = {"groups": self.groups, "nope": self.nope}
+        hidden, heads = self.source_config["hidden_size"], {"heads": self.heads, "groups": self.groups}
+        keys = self.groups * self.fields["qk_rope_head_dim"]
+        query = self.heads * head_dim(self.source_config)
+        for suffix, size in (("weight", (query, hidden)), ("bias", (query,))):
+            if self.has("q", layer, suffix):
+                name, part = f"{prefix}q_proj.{suffix}", self.part("q", layer, suffix)
+                if self.nope:
+                    yield self._make(name, size, "position_free_first", [part], layer, heads=self.heads, nope=self.nope)
+                else:
+                    yield self._copy(name, part, layer)
+        k, v = self.part("k", layer), self.part("v", layer)
+        name = f"{prefix}kv_a_proj_with_mqa."
+        yield self._make(f"{name}weight", (self.latent + keys, hidden), "latent_and_keys", [v, k], layer, **shape)
+        if self.has("k", layer, "bias"):
+            bias = self.part("k", layer, "bias")
+            yield self._make(f"{name}bias", (self.latent + keys,), "key_bias", [bias], layer, **shape, value=self.value)
+        expanded = (self.heads * (self.nope + self.value), self.latent)
+        yield self._make(
+            f"{prefix}kv_b_proj.weight",
+            expanded,
+            "select_groups",
+            [],
+            layer,
+            exact=self.residual == 1.0,
+            **heads,
+            nope=self.nope,
+            value=self.value,
+            scale=self.residual,
+        )
+        yield self._copy(f"{prefix}o_proj.weight", self.part("o", layer), layer)
+        with_value, with_output = self.has("v", layer, "bias"), self.has("o", layer, "bias")
+        if with_value or with_output:
+            parts = [self.part("o", layer, "bias")] if with_output else []
+            parts += [self.part("o", layer), self.part("v", layer, "bias")] if with_value else []
+            exact = not with_value and self.residual == 1.0
+            yield self._make(
+                f"{prefix}o_proj.bias", (hidden,), "output_bias", parts, layer, exact, **heads, scale=self.residual
+            )
+        for role in ("q_norm", "k_norm"):
+            if role in self.family.modules():
+                yield self._norm(f"{prefix}{role}.weight", self.part(role, layer), layer)
+
+    def _dense(self, prefix: str, layer: int) -> Iterator[TargetTensor]:
+        yield from self._mlp(prefix, layer, 0, self.source_config["intermediate_size"], self.residual)
+
+    def _mixture(self, prefix: str, layer: int) -> Iterator[TargetTensor]:
+        options, hidden = self.options, self.source_config["hidden_size"]
+        routed = options.shards - options.shared_shards
+        yield self._make(
+            f"{prefix}gate.weight",
+            (options.experts, hidden),
+            f"router_{options.router}",
+            [],
+            layer,
+            repeats=routed,
+            std=options.router_std,
+            seed=f"{options.seed}/{layer}",
+        )
+        if options.shared_shards:
+            stop = options.shared_shards * self.width
+            yield from self._mlp(f"{prefix}shared_experts.", layer, 0, stop, self.residual)
+        for expert in range(options.experts):
+            start = (options.shared_shards + expert % routed) * self.width
+            yield from self._mlp(f"{prefix}experts.{expert}.", layer, start, start + self.width, 1.0)
+
+    def _mlp(self, prefix: str, layer: int, start: int, stop: int, scale: float) -> Iterator[TargetTensor]:
+        """Neurons `start` to `stop` of the dense MLP. A scale goes on the down-projection: silu is not linear."""
+        for role in ("gate", "up"):
+            whole = self.part(role, layer)
+            yield self._copy(
+                f"{prefix}{role}_proj.weight", Part(whole.name, whole.start + start, whole.start + stop), layer
+            )
+        name, down = f"{prefix}down_proj.weight", self.part("down", layer)
+        shape = (self.source_config["hidden_size"], stop - start)
+        if scale == 1.0 and stop - start == self.source_config["intermediate_size"]:
+            yield self._copy(name, down, layer)
+        else:
+            arguments = {"start": start, "stop": stop, "scale": scale}
+            yield self._make(name, shape, "columns", [down], layer, scale == 1.0, **arguments)
+
+    def _norm(self, name: str, part: Part, layer: int | None) -> TargetTensor:
+        if not self.family.norm_offset:
+            return self._copy(name, part, layer)
+        shape = self.headers[part.name].shape
+        return self._make(name, shape, "add", [part], layer, exact=False, offset=self.family.norm_offset)
+
+    def _copy(self, name: str, part: Part, layer: int | None) -> TargetTensor:
+        shape = self.headers[part.name].shape
+        if part.stop is not None:
+            shape = (part.stop - part.start, *shape[1:])
+            if part.start == 0 and part.stop == self.headers[part.name].shape[0]:
+                part = Part(part.name)
+        return self._make(name, shape, "copy", [part], layer)
+
+    def _make(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rule: str,
+        parts: list[Part],
+        layer: int | None,
+        exact: bool = True,
+        **arguments: Any,
+    ) -> TargetTensor:
+        dtype = DTYPES[self.options.dtype]
+        if dtype is None:
+            dtypes = {self.headers[part.name].dtype for part in parts} or {self.dtype}
+            # A computed number is not representable in the source's 16 bits: it stays in float32.
+            dtype = dtypes.pop() if exact and len(dtypes) == 1 else "F32"
+        return TargetTensor(name, shape, dtype, rule, tuple(parts), tuple(sorted(arguments.items())), layer)
+
+
+def pack(tensors: list[TargetTensor], options: Options) -> tuple[Shard, ...]:
+    """Fill files up to the size limit, in order; a tensor above the limit has a file of its own."""
+    groups: list[list[TargetTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > options.max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    for group in groups:
+        offset = 0
+        for tensor in group:
+            if offset % ITEM_SIZE[tensor.dtype]:
+                # Readers map tensors in place, so a wide type may not start at an odd address.
+                group.sort(key=lambda tensor: -ITEM_SIZE[tensor.dtype])
+                break
+            offset += tensor.nbytes
+    return tuple(
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", shard_header(group), tuple(group))
+        for i, group in enumerate(groups, 1)
+    )
+
+
+def shard_header(tensors: list[TargetTensor]) -> bytes:
+    """The bytes before the first tensor: length, JSON, padded with spaces so that tensors start on 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+__all__ = ["INDEX_NAME", "Plan", "Shard", "TargetTensor", "make_plan"]

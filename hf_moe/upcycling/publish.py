@@ -1,0 +1,46 @@
+"""Share a converted folder on the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+from .convert import PROVENANCE_NAME
+from .headers import read_folder
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, **api: Any) -> str:
+    """Create the repository if need be and upload the folder.
+
+    Args:
+        repo_id: "owner/name". private: of a repository that is created now. revision: branch, main by default.
+        api: arguments of `huggingface_hub.HfApi`, such as `endpoint` and `token`.
+    Returns:
+        Address of the repository.
+    Raises:
+        ValueError: the folder is not a whole converted model. ConnectionError: the Hub is out of reach or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if not (path / PROVENANCE_NAME).is_file():
+        raise ValueError(f"{folder} holds no {PROVENANCE_NAME}: it was not made by hf-moe upcycle")
+    read_folder(path)
+    hub = HfApi(**api)
+    try:
+        url = hub.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
+        # Large folders are committed in several batches; started again, what is already there is skipped.
+        hub.upload_folder(
+            repo_id=repo_id,
+            folder_path=path,
+            revision=revision,
+            commit_message="Upload a model made by hf-moe upcycle",
+        )
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no repository name: {error}") from error
+    except HfHubHTTPError as error:
+        raise ConnectionError(f"the Hub refused {repo_id!r}: {' '.join(str(error).split())[:300]}") from error
+    except (OfflineModeIsEnabled, HTTPError, OSError) as error:
+        raise ConnectionError(f"the Hub cannot be reached for {repo_id!r}: check the network") from error
+    return str(url)

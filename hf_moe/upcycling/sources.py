@@ -1,0 +1,312 @@
+"""Where weights come from: a folder of safetensors, a GGUF file, a repository of the Hub.
+
+All look alike: a configuration, headers by the names that Transformers uses, and `read`.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .headers import ITEM_SIZE, TensorHeader, read_folder
+
+if TYPE_CHECKING:
+    import torch
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+# What a tokenizer, a processor or `generate` reads; everything else of the source stays behind.
+COPIED_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+class Source(ABC):
+    """A dense checkpoint, opened but not read.
+
+    Attributes:
+        location: what the user named; goes into the card and the certificate.
+        path: the folder or the file on this machine.
+        revision: commit of the Hub, when it came from there.
+        config: the model's configuration, every default filled in.
+        headers: tensor name → dtype, shape, size.
+    """
+
+    def __init__(self, location: str, path: Path, revision: str | None = None):
+        self.location = location
+        self.path = path
+        self.revision = revision
+        self.config: dict[str, Any] = {}
+        self.headers: Mapping[str, TensorHeader] = {}
+
+    @property
+    def title(self) -> str:
+        """The name for card and certificate: a Hub id as it is, of a path the last part only."""
+        return self.location if self.revision else self.path.resolve().name
+
+    @abstractmethod
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
+        """Rows `start` to `stop` of a tensor, all of them by default, in the dtype of its header.
+
+        Raises:
+            ValueError: the file ends early.
+        """
+
+    @abstractmethod
+    def load_arguments(self) -> dict[str, Any]:
+        """Keyword arguments with which `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` load this source."""
+
+    @abstractmethod
+    def license(self) -> str | None:
+        """SPDX-like name of the licence that the source states."""
+
+    def files(self) -> list[Path]:
+        """The weight files, sorted."""
+        return sorted({header.file for header in self.headers.values()})
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Name, size and time of change of every weight file: a resumed run must find the same."""
+        stats = [(path, path.stat()) for path in self.files()]
+        return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+class FolderSource(Source):
+    """A folder as `save_pretrained` writes it, one file or many."""
+
+    def __init__(self, location: str, path: Path, revision: str | None = None):
+        super().__init__(location, path, revision)
+        config_path = path / "config.json"
+        if not config_path.is_file():
+            raise ValueError(f"{path} holds no config.json, so its architecture is unknown")
+        try:
+            raw = json.loads(config_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config_path} is not JSON: {error}") from error
+        self.config = _complete(raw)
+        self.headers = read_folder(path)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
+        """Reads the asked rows only."""
+        import torch
+
+        header = self.headers[name]
+        shape = list(header.shape)
+        begin, end = header.start, header.stop
+        if shape:
+            stop = shape[0] if stop is None else stop
+            row = header.nbytes // shape[0] if shape[0] else 0
+            shape[0] = stop - start
+            begin, end = header.start + start * row, header.start + stop * row
+        buffer = bytearray(end - begin)
+        with header.file.open("rb", buffering=0) as file:
+            file.seek(begin)
+            view, done = memoryview(buffer), 0
+            while done < len(buffer):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ValueError(f"{header.file.name} is truncated: {name} ends {len(buffer) - done} bytes early")
+                done += count
+        if not buffer:
+            return torch.empty(shape, dtype=torch_dtype(header.dtype))
+        return torch.frombuffer(buffer, dtype=torch_dtype(header.dtype)).view(shape)
+
+    def load_arguments(self) -> dict[str, Any]:
+        """The folder."""
+        return {"pretrained_model_name_or_path": str(self.path)}
+
+    def license(self) -> str | None:
+        """`license:` in the front matter of the model card."""
+        card = self.path / "README.md"
+        if not card.is_file():
+            return None
+        front = card.read_text(encoding="utf-8", errors="replace").split("---")
+        match = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if len(front) > 2 else None
+        return match[1] if match else None
+
+
+class GgufSource(Source):
+    """A GGUF file: quantised tensors are dequantised one at a time, in float32.
+
+    Names, and the order of query and key rows, are Transformers' own; `read` gives what
+    `from_pretrained(gguf_file=...)` gives.
+    """
+
+    def __init__(self, location: str, path: Path):
+        super().__init__(location, path)
+        import gguf
+        from transformers import AutoConfig
+
+        with _gguf_errors(path):
+            self._reader = gguf.GGUFReader(path)
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        self.config = config.to_dict()
+        self.config.pop("_model_name_or_path", None)
+        stored = {tensor.name: tensor for tensor in self._reader.tensors}
+        if "rope_freqs.weight" in stored:
+            raise ValueError(
+                f"{path.name} carries rope frequency factors (rope_freqs.weight), which its configuration cannot "
+                "express; convert the safetensors folder of this model"
+            )
+        self._stored = self._hf_names(stored)
+        self.headers = {name: self._header(tensor) for name, tensor in self._stored.items()}
+
+    def _hf_names(self, stored: dict[str, Any]) -> dict[str, Any]:
+        import gguf
+
+        from .families import family_of
+
+        family = family_of(self.config)
+        architecture = family.gguf_architecture
+        enum = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
+        layers = self.config["num_hidden_layers"]
+        names = gguf.get_tensor_name_map(enum, layers)
+        table = {}
+        for name in family.source_names(layers):
+            stem, _, suffix = name.rpartition(".")
+            gguf_name = f"{names.get_name(stem)}.{suffix}"
+            if gguf_name in stored:
+                table[name] = stored[gguf_name]
+        if unknown := sorted(stored.keys() - {tensor.name for tensor in table.values()}):
+            raise ValueError(f"{unknown[0]} is no tensor of {family.architecture}, and would be lost")
+        return table
+
+    def _header(self, tensor: Any) -> TensorHeader:
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        dtype = {"F16": "F16", "BF16": "BF16"}.get(tensor.tensor_type.name, "F32")
+        count = 1
+        for n in shape:
+            count *= n
+        # The size is that of the dequantised tensor, which is what the plan needs to know.
+        return TensorHeader(dtype, shape, self.path, 0, count * ITEM_SIZE[dtype])
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
+        """Dequantises the whole tensor, then takes the rows."""
+        import gguf
+        import torch
+
+        from .families import family_of
+
+        tensor = self._stored[name]
+        dequantised = gguf.dequantize(tensor.data, tensor.tensor_type)
+        data = torch.from_numpy(dequantised.copy()).to(torch_dtype(self.headers[name].dtype))
+        family = family_of(self.config)
+        if family.gguf_norm_offset and "norm" in tensor.name:
+            data = data - family.gguf_norm_offset
+        if family.gguf_permuted_heads:
+            heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+            for part, field in heads.items():
+                if f".{part}." in tensor.name:
+                    data = _unpermute(data, self.config[field])
+        return data[start:stop]
+
+    def load_arguments(self) -> dict[str, Any]:
+        """The folder and the file."""
+        return {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
+
+    def has_tokenizer(self) -> bool:
+        """Whether the file holds a vocabulary."""
+        return self._reader.get_field("tokenizer.ggml.tokens") is not None
+
+    def license(self) -> str | None:
+        """`general.license` of the file."""
+        field = self._reader.get_field("general.license")
+        return None if field is None else str(field.contents())
+
+
+def _unpermute(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """Rows from llama.cpp's order (pairs 0,1 rotate together) to Transformers' (i, i + P/2)."""
+    width = weight.shape[0] // heads
+    return weight.unflatten(0, (heads, width // 2, 2)).transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+@contextmanager
+def _gguf_errors(path: Path) -> Iterator[None]:
+    # gguf's reader maps the file and answers damage with whatever NumPy raised.
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, OSError, AttributeError, NotImplementedError) as error:
+        raise ValueError(f"{path.name} is not a GGUF file that can be read: {error}") from error
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """The torch dtype of a safetensors type name."""
+    import torch
+
+    names = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
+    return names[name]
+
+
+def _complete(raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as its class fills it in, old spellings of rope included."""
+    from .families import family_of
+
+    family_of(raw)  # names the known architectures before Transformers complains about an unknown one
+    from transformers import AutoConfig
+
+    raw = {key: value for key, value in raw.items() if key != "transformers_version"}
+    try:
+        return AutoConfig.for_model(raw.pop("model_type"), **raw).to_dict()
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"config.json is not valid: {' '.join(str(error).split())}") from error
+
+
+def open_source(source: str | Path) -> Source:
+    """Open a folder, a GGUF file or a Hub id (`owner/name` or `owner/name@revision`).
+
+    Raises:
+        ValueError: nothing of that name, no weights, a damaged file, an unknown architecture.
+        ConnectionError: a Hub id that is neither cached nor reachable.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return FolderSource(str(source), path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path.name} is neither a folder, a .gguf file nor a Hub id")
+        return GgufSource(str(source), path)
+    if _HUB_ID.fullmatch(str(source)):
+        return _open_hub(str(source))
+    raise ValueError(f"{source} does not exist, and is not a Hub id of the form owner/name")
+
+
+def _open_hub(source: str) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repository, _, revision = source.partition("@")
+    patterns = ["config.json", "*.safetensors", INDEX_PATTERN, "README.md", *COPIED_FILES]
+    try:
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+    except HfHubHTTPError as error:
+        raise ConnectionError(f"the Hub refused {source!r}: {' '.join(str(error).split())[:300]}") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ConnectionError(
+            f"{source!r} is no folder here and the Hub cannot be reached: check the name and the network"
+        ) from error
+    return FolderSource(source, Path(folder), revision=Path(folder).name)
+
+
+INDEX_PATTERN = "*.safetensors.index.json"

@@ -1,0 +1,281 @@
+"""Proof that a conversion lost nothing: bytes against the plan, logits and decoding against the source.
+
+Letters: S tokens compared, V vocabulary.
+"""
+
+import gc
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .convert import PROVENANCE_NAME
+from .headers import read_folder
+from .options import EXACT_MODES, Options
+from .plan import Plan, make_plan
+from .progress import byte_bar, step_bar
+from .sources import Source, open_source
+from .stream import hash_bytes, produce
+
+CERTIFICATE_NAME = "certificate.json"
+_CHUNK = 256
+
+
+class VerificationError(ValueError):
+    """The target is not what it should be; the message names the first difference, the certificate all of them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one model did with the text: fp32 on the CPU.
+
+    logits: (S, V). greedy: ids that follow the prompt. cached: logits of those steps from the cache, (steps, V).
+    uncached: the same from one pass without a cache. loss: mean cross-entropy of the text.
+    """
+
+    logits: torch.Tensor
+    greedy: list[int]
+    cached: torch.Tensor
+    uncached: torch.Tensor
+    loss: float
+
+
+def verify(
+    source: str | Path,
+    target: str | Path,
+    *,
+    text: str | None = None,
+    tokens: int = 2048,
+    new_tokens: int = 64,
+    tolerance: float = 1e-4,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compare a converted folder with its source and write `certificate.json` into it.
+
+    Bytes: every tensor is computed again from the source and must equal the file; every other file must have the hash
+    that was recorded. Numbers, in fp32: logits of `tokens` tokens, `new_tokens` greedy tokens, and decoding with a
+    cache against one pass without. Of a mode that is not exact only the last one can fail; the rest is measured.
+
+    Args:
+        text: what the models read; by default the Python language reference that comes with the interpreter. Without
+            a tokenizer the tokens are random.
+        tolerance: largest |Δlogit| that passes.
+    Returns:
+        The certificate.
+    Raises:
+        VerificationError: a byte or a number is off. ValueError: a folder that was not made by `upcycle`, or a text
+            that is too short.
+    Cost: both models in fp32, one after the other; S·V·8 bytes for the logits.
+    """
+    opened, folder = open_source(source), Path(target).expanduser()
+    failures = _check_bytes(opened, folder, progress)
+    certificate: dict[str, Any] = {"passed": False, "failures": failures, "source": opened.title}
+    record = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
+    certificate |= {"revision": opened.revision, "options": record["options"]}
+    if not failures:
+        exact = record["options"]["mode"] in EXACT_MODES
+        measured = _compare(opened, folder, text, tokens, new_tokens, progress)
+        certificate |= measured
+        failures += _judge(measured, tolerance, exact)
+    certificate |= {
+        "tolerance": tolerance,
+        "passed": not failures,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
+        "tensors": record["tensors"],
+    }
+    path = folder / CERTIFICATE_NAME
+    path.write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
+    if failures:
+        raise VerificationError(f"{folder.name} fails: {failures[0]}" + _and_more(failures))
+    return certificate
+
+
+def _and_more(failures: list[str]) -> str:
+    return f" (and {len(failures) - 1} more, see {CERTIFICATE_NAME})" if len(failures) > 1 else ""
+
+
+def _check_bytes(source: Source, folder: Path, progress: bool) -> list[str]:
+    record_path = folder / PROVENANCE_NAME
+    if not record_path.is_file():
+        raise ValueError(f"{folder} holds no {PROVENANCE_NAME}: it was not made by hf-moe upcycle")
+    record = json.loads(record_path.read_text(encoding="utf-8"))
+    options = dict(record["options"])
+    options["dense_layers"] = tuple(options["dense_layers"])
+    plan = make_plan(source, Options(**options))
+    failures = []
+    for name, digest in record["files"].items():
+        if not (folder / name).is_file():
+            failures.append(f"{name} is missing")
+        elif sha256((folder / name).read_bytes()).hexdigest() != digest:
+            failures.append(f"{name} has changed since it was written")
+    try:
+        read_folder(folder)
+    except ValueError as error:
+        return [*failures, str(error)]
+    with byte_bar("checking weights", plan.nbytes, progress) as advance:
+        failures += list(_differing(plan, source, folder, record, advance))
+    return failures
+
+
+def _differing(plan: Plan, source: Source, folder: Path, record: dict[str, Any], advance: Any) -> Iterator[str]:
+    recorded = {tensor["name"]: tensor["sha256"] for tensor in record["tensors"]}
+    stream = produce(source, plan.tensors())
+    for shard in plan.shards:
+        if not (folder / shard.file).is_file():
+            yield f"{shard.file} is missing"
+            return
+        with (folder / shard.file).open("rb") as file:
+            if file.read(len(shard.header)) != shard.header:
+                yield f"the header of {shard.file} is not that of the plan"
+                return
+            for tensor in shard.tensors:
+                produced = next(stream)
+                if hash_bytes(file, tensor.nbytes) != produced.sha256:
+                    yield f"{tensor.name} in {shard.file} differs from what its source gives"
+                elif recorded.get(tensor.name) != produced.sha256:
+                    yield f"{tensor.name} has another hash in {PROVENANCE_NAME}"
+                advance(tensor.nbytes)
+
+
+def _compare(
+    source: Source, folder: Path, text: str | None, tokens: int, new_tokens: int, progress: bool
+) -> dict[str, Any]:
+    ids, description = token_ids(source, folder, text, tokens)
+    with _quiet_loading():
+        model = load_source(source)
+        dense = run(model, ids, new_tokens, "running the source", progress)
+        del model
+        gc.collect()
+        model = load_target(folder)
+        moe = run(model, ids, new_tokens, "running the target", progress)
+        del model
+    difference = (moe.logits - dense.logits).abs_()
+    agree = moe.logits.argmax(-1) == dense.logits.argmax(-1)
+    return {
+        "text": description,
+        "logits": {
+            "tokens": len(moe.logits),
+            "max_abs_difference": difference.max().item(),
+            "mean_abs_difference": difference.mean().item(),
+            "top1_agreement": agree.double().mean().item(),
+        },
+        "loss": {"source": dense.loss, "target": moe.loss, "difference": moe.loss - dense.loss},
+        "decode": {
+            "greedy_tokens": len(moe.greedy),
+            "greedy_equal": moe.greedy == dense.greedy,
+            "cached_max_abs_difference": (moe.cached - moe.uncached).abs().max().item(),
+        },
+    }
+
+
+def _judge(measured: dict[str, Any], tolerance: float, exact: bool) -> list[str]:
+    logits, decode, failures = measured["logits"], measured["decode"], []
+    # Written so that NaN fails.
+    if not decode["cached_max_abs_difference"] <= tolerance:
+        failures.append(
+            f"cached and uncached decoding differ by {decode['cached_max_abs_difference']:.3g}, "
+            f"tolerance {tolerance:.3g}"
+        )
+    if not exact:
+        return failures
+    if not logits["max_abs_difference"] <= tolerance:
+        failures.append(f"max |Δlogit| is {logits['max_abs_difference']:.3g}, tolerance {tolerance:.3g}")
+    if not decode["greedy_equal"]:
+        failures.append(f"the {decode['greedy_tokens']} greedy tokens are not those of the source")
+    return failures
+
+
+def token_ids(source: Source, folder: Path, text: str | None, tokens: int) -> tuple[torch.Tensor, str]:
+    """Ids (1, S) of the text, and a description of it; random ids where the source has no tokenizer.
+
+    Raises:
+        ValueError: the text has fewer tokens than asked for.
+    """
+    tokens = min(tokens, source.config.get("max_position_embeddings") or tokens)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        random = torch.Generator().manual_seed(0)
+        return torch.randint(source.config["vocab_size"], (1, tokens), generator=random), "random tokens, seed 0"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    description = "given text"
+    if text is None:
+        text, description = default_text(), f"Python {platform.python_version()} language reference (pydoc_data.topics)"
+    # A token is at least one byte; the factor keeps a long text from being tokenised whole.
+    ids = tokenizer(text[: tokens * 32], return_tensors="pt", truncation=False, verbose=False)["input_ids"]
+    if ids.shape[1] < tokens:
+        raise ValueError(f"the text has {ids.shape[1]} tokens, {tokens} are needed")
+    return ids[:, :tokens], description
+
+
+def default_text() -> str:
+    """English prose that every Python installation holds: the topics of `help()`."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def load_source(source: Source) -> Any:
+    """The dense model in fp32, by Transformers."""
+    arguments = source.load_arguments()
+    if "gguf_file" in arguments:
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32).eval()
+
+
+def load_target(folder: Path) -> Any:
+    """The converted model in fp32, by this package."""
+    from ..model import HfMoeForCausalLM
+
+    return HfMoeForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def run(model: Any, ids: torch.Tensor, new_tokens: int, description: str, progress: bool) -> Run:
+    """Read `ids` (1, S), then continue the first of them greedily."""
+    prompt = ids[:, : min(64, ids.shape[1])]
+    with step_bar(description, ids.shape[1] + new_tokens, progress) as advance:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = torch.cat([_logits(model, chunk, advance) for chunk in hidden.split(_CHUNK, dim=1)])
+        loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).item()
+
+        steps, current, cache = [], prompt, None
+        for _ in range(new_tokens):
+            output = model(input_ids=current, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            steps.append(output.logits[0, -1])
+            current = steps[-1].argmax()[None, None]
+            advance(1)
+        greedy = [int(step.argmax()) for step in steps]
+        whole = torch.cat([prompt, torch.tensor([greedy[:-1]], dtype=prompt.dtype)], dim=1)
+        uncached = model(input_ids=whole, use_cache=False, logits_to_keep=new_tokens).logits[0]
+    return Run(logits, greedy, torch.stack(steps), uncached, loss)
+
+
+def _logits(model: Any, hidden: torch.Tensor, advance: Any) -> torch.Tensor:
+    config = model.config
+    logits = model.lm_head(hidden)[0] / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    advance(hidden.shape[1])
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Transformers' own bars for loading would stand between ours."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()

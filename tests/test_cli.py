@@ -1,0 +1,110 @@
+"""The command line: what a person sees, and the status that a script sees."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_moe.cli import app
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "upcycling"))
+from dense import save_dense
+
+
+def call(*words):
+    """Run a command; returns status, standard output and standard error."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save_dense(tmp_path / "dense", tokenizer=True)
+
+
+def test_help_names_every_command():
+    status, output, _ = call("--help")
+    assert status == 0
+    for command in ("upcycle", "verify", "push", "demo"):
+        assert command in output
+        assert call(command, "--help")[0] == 0
+
+
+def test_upcycle_then_verify(source, tmp_path):
+    out = tmp_path / "moe"
+    status, output, _ = call("upcycle", source, out, "--experts", 4, "--top-k", 2, "--dense-layers", "0", "-q")
+    assert status == 0
+    assert "Prove it with: hf-moe verify" in output
+    status, output, _ = call("verify", source, out, "--tokens", 100, "--new-tokens", 8, "-q")
+    assert status == 0
+    assert "top-1 agreement 100.00%" in output
+    assert (out / "certificate.json").is_file()
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 100)
+    assert call("verify", source, out, "--text", text, "--tokens", 100, "--new-tokens", 8, "-q")[0] == 0
+    weights = next(out.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    status, _, error = call("verify", source, out, "--tokens", 100, "--new-tokens", 8, "-q")
+    assert status == 1
+    assert error.startswith("Error: moe fails: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["upcycle", "SOURCE", "OUT", "--experts", "2", "--top-k", "3"], "top_k=3 is above experts=2"),
+        (["upcycle", "SOURCE", "SOURCE"], "exists; choose another name or remove it"),
+        (["upcycle", "nobody/nothing", "OUT"], "the Hub cannot be reached"),
+        (["upcycle", "EMPTY", "OUT"], "holds no config.json"),
+        (["upcycle", "SOURCE", "OUT", "--dense-layers", "one"], "--dense-layers='one' is not a list such as 0,1,5-7"),
+        (["verify", "SOURCE", "SOURCE"], "holds no provenance.json"),
+        (["verify", "SOURCE", "EMPTY", "--text", "nothing.txt"], "nothing.txt"),
+        (["push", "SOURCE", "me/moe"], "was not made by hf-moe upcycle"),
+    ],
+)
+def test_bad_input_is_one_line(source, tmp_path, words, message):
+    (tmp_path / "empty").mkdir()
+    places = {"SOURCE": source, "OUT": tmp_path / "moe", "EMPTY": tmp_path / "empty"}
+    status, output, error = call(*[places.get(word, word) for word in words])
+    assert status == 1
+    assert output == ""
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "empty"]
+
+
+def test_interrupt_from_the_keyboard(source, tmp_path):
+    # Slowed down, so that Ctrl-C falls into the writing.
+    script = f"""
+import sys, time
+from hf_moe.upcycling import stream
+produce = stream.produce
+def slow(*arguments):
+    for produced in produce(*arguments):
+        time.sleep(0.05)
+        yield produced
+stream.produce = slow
+from hf_moe.cli import main
+sys.argv = ["hf-moe", "upcycle", {str(source)!r}, {str(tmp_path / "moe")!r}, "-q"]
+main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / ".moe.partial" / "journal.jsonl"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130
+    assert "run the same command again to go on from there" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "moe").exists()
+    assert call("upcycle", source, tmp_path / "moe", "-q")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
