@@ -37,6 +37,61 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 16}),
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "llama_biases": ("llama", {"attention_bias": True}),
+    "mistral": ("mistral", {"sliding_window": 8, "head_dim": 12}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "layer_types": LAYERS,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 10,
+            "attn_logit_softcapping": 1.0,
+            "final_logit_softcapping": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "layer_types": LAYERS,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 10,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3_partial": ("phi3", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "phi3_longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+            },
+        },
+    ),
+    "olmo2": ("olmo2", {"num_key_value_heads": 2}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "granite_biases": ("granite", {"attention_bias": True, "residual_multiplier": 0.5}),
 }
 
 
