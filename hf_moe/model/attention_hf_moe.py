@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -307,9 +308,18 @@ class HfMoeAttention(nn.Module):
 
     def absorption_pays(self, query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether the absorbed form applies here and costs fewer FLOPs; decided by shapes alone."""
+        if self.config._attn_implementation not in ("eager", "sdpa"):
+            return False
         # An adapter, a quantised layer or an offloaded weight must be applied, not looked into.
-        weight = self.kv_b_proj.weight if type(self.kv_b_proj) is nn.Linear else None
-        if weight is None or weight.device != query.device or self.config._attn_implementation not in ("eager", "sdpa"):
+        if type(self.kv_b_proj) is not nn.Linear or self.kv_b_proj.weight.device != query.device:
+            return False
+        weight = self.kv_b_proj.weight
+        if isinstance(weight, DTensor):
+            # A sharded projection sums the latent's gradient over the ranks, which looking into it would leave out.
+            if torch.is_grad_enabled():
+                return False
+            weight = weight.to_local()
+        if type(weight) not in (torch.Tensor, nn.Parameter):
             return False
         if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4):
             return False
@@ -340,7 +350,8 @@ class HfMoeAttention(nn.Module):
         """
         batch_size, num_heads, query_length, _ = query.shape
         key_length = latent.shape[2]
-        w_HXC = self.kv_b_proj.weight.unflatten(0, (num_heads, -1))
+        weight = self.kv_b_proj.weight
+        w_HXC = (weight.to_local() if isinstance(weight, DTensor) else weight).unflatten(0, (num_heads, -1))
         w_uk_HNC, w_uv_HVC = w_HXC.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 

@@ -65,22 +65,6 @@ class HfMoeConfig(PreTrainedConfig):
     model_type = "hf_moe"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.q_b_proj": "colwise",
-        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
-        "layers.*.self_attn.kv_b_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-        "layers.*.mlp.shared_experts.gate_proj": "colwise",
-        "layers.*.mlp.shared_experts.up_proj": "colwise",
-        "layers.*.mlp.shared_experts.down_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_ep_plan = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
@@ -164,6 +148,38 @@ class HfMoeConfig(PreTrainedConfig):
         self.head_dim = self.qk_rope_head_dim
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """Tensor-parallel style of each module: heads and expert rows over the ranks, latents on all of them.
+
+        Only rules that this configuration has a module for: Transformers warns of the others.
+        """
+        query = "q_proj" if self.q_lora_rank is None else "q_b_proj"
+        attention = {
+            # A norm over all heads needs them all; the attention's own style then keeps this rank's.
+            query: "colwise_gather_output" if self.qk_norm == "projection" else "colwise",
+            "kv_b_proj": "colwise",
+            "o_proj": "rowwise",
+        }
+        if self.qk_norm == "head":
+            attention["q_norm"] = "replicated_with_grad_allreduce"
+        if self.attention_sinks:
+            attention["sinks"] = "colwise"
+        plan = {f"layers.*.self_attn.{name}": style for name, style in attention.items()}
+        plan["layers.*.self_attn"] = "latent_attention_heads"
+        if "sparse" in self.mlp_layer_types:
+            plan |= {
+                "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+                "layers.*.mlp.experts.down_proj": "rowwise",
+                "layers.*.mlp.experts": "moe_tp_experts",
+            }
+        mlps = ["mlp"] if "dense" in self.mlp_layer_types else []
+        mlps += ["mlp.shared_experts"] if self.shared_width and "sparse" in self.mlp_layer_types else []
+        for mlp in mlps:
+            plan |= {f"layers.*.{mlp}.{name}": "colwise" for name in ("gate_proj", "up_proj")}
+            plan[f"layers.*.{mlp}.down_proj"] = "rowwise"
+        return plan
 
     @property
     def qk_head_dim(self) -> int:

@@ -185,7 +185,11 @@ class HfMoePreTrainedModel(PreTrainedModel):
         "attentions": HfMoeAttention,
         "router_logits": OutputRecorder(HfMoeTopkRouter, index=0),
     }
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def __init__(self, config: HfMoeConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        if config.topk_method == "noaux_tc" and "sparse" in config.mlp_layer_types:
+            self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,59 @@
+"""Tensor parallelism of latent attention: which heads and rotary keys a rank has, and whose gradient it must sum.
+
+Letters: H heads, G key groups, P rotary width.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers.distributed.parallel_utils import _AllReduceBackward
+from transformers.distributed.tensor_parallel import LocalParamsParallel
+
+
+def local_heads(num_heads: int, num_groups: int, size: int, rank: int) -> tuple[slice, slice]:
+    """The heads of one rank out of `size`, and the key groups that these heads read.
+
+    Raises:
+        ValueError: heads do not divide by the ranks, or a rank's heads would read groups unevenly.
+    """
+    if num_heads % size:
+        raise ValueError(f"num_attention_heads={num_heads} is not divisible by the tensor-parallel size {size}")
+    count, per_group = num_heads // size, num_heads // num_groups
+    if count % per_group and per_group % count:
+        raise ValueError(
+            f"tensor-parallel size {size} gives a rank {count} of num_attention_heads={num_heads}, which is neither a "
+            f"multiple nor a divisor of the {per_group} heads of each of num_key_value_heads={num_groups}"
+        )
+    first = rank * count
+    return slice(first, first + count), slice(first // per_group, (first + count - 1) // per_group + 1)
+
+
+class LatentAttentionHeads(LocalParamsParallel):
+    """Each rank attends with H/size heads; it computes and caches the latent, and only the rotary keys they read.
+
+    Latents and rotary keys are computed alike on all ranks. The latent meets a sharded `kv_b_proj`, which sums its
+    gradient; the rotary keys go straight into the scores, so their gradient is summed here. The same holds for
+    queries that were gathered for a norm over all heads.
+    """
+
+    def install_forward(self, module: Any, mesh: Any) -> nn.Module:
+        config = module.config
+        heads, groups = local_heads(
+            config.num_attention_heads, config.num_key_value_heads, mesh.size(), mesh.get_local_rank()
+        )
+        columns = slice(groups.start * config.qk_rope_head_dim, groups.stop * config.qk_rope_head_dim)
+        ranks = mesh.get_group()
+        project_query, project_latent = module.project_query, module.project_latent
+
+        def query_of_rank(*args: Any) -> Any:
+            query = project_query(*args)
+            if query.shape[1] == heads.stop - heads.start:
+                return query
+            return _AllReduceBackward.apply(query, ranks)[:, heads]
+
+        def latent_of_rank(*args: Any) -> Any:
+            latent, k_rot = project_latent(*args)
+            return latent, _AllReduceBackward.apply(k_rot, ranks)[..., columns]
+
+        module.project_query, module.project_latent = query_of_rank, latent_of_rank
+        return super().install_forward(module, mesh)
