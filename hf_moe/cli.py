@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     "lost, and share it.",
 )
 
-SOURCE = typer.Argument(help="Folder of safetensors, a .gguf file, or a Hub id such as owner/name or owner/name@rev.")
+SOURCE_HELP = "Folder of safetensors, a .gguf file, or a Hub id such as owner/name or owner/name@revision."
 MIXTURE, NUMBERS, OUTPUT = "Mixture", "Numbers", "Output"
 
 
@@ -48,39 +48,112 @@ def _indices(value: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def _options(choices: dict[str, Any]) -> Any:
+    """The fields of `Options` among a command's arguments."""
+    from dataclasses import fields
+
+    from .upcycling.options import Options
+
+    chosen = {field.name: choices[field.name] for field in fields(Options) if field.name in choices}
+    return Options(**{**chosen, "dense_layers": _indices(choices["dense_layers"])})
+
+
+def _show(summary: dict[str, Any]) -> None:
+    """Print a plan's summary as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, source, target, run = Console(), summary["source"], summary["target"], summary["conversion"]
+    table = Table("", "source", "target", title=f"{source['name']} ({source['family']})")
+    table.add_row("parameters", f"{source['parameters']:,}", f"{target['parameters']:,}")
+    table.add_row("active for a token", f"{source['parameters']:,}", f"{target['active_parameters']:,}")
+    table.add_row("bytes", f"{source['bytes']:,}", f"{target['bytes']:,}")
+    table.add_row("cache bytes a token", f"{source['cache_bytes_per_token']:,}", f"{target['cache_bytes_per_token']:,}")
+    console.print(table)
+    rows = Table("layer", "attention", "MLP", "parameters", "active", "bytes", "cache bytes a token")
+    names = ("layer", "attention", "mlp", "parameters", "active_parameters", "bytes", "cache_bytes_per_token")
+    for layer in summary["layers"]:
+        rows.add_row(*(f"{layer[name]:,}" if isinstance(layer[name], int) else layer[name] for name in names))
+    console.print(rows)
+    console.print(
+        f"The conversion writes {run['disk_bytes']:,} bytes in {target['files']} files, holds at most "
+        f"{run['memory_peak_bytes']:,} bytes in memory, and takes about {run['seconds']} s at "
+        f"{run['assumed_bytes_per_second']:,} bytes a second."
+    )
+
+
+SourceArgument = Annotated[str, typer.Argument(help=SOURCE_HELP)]
+Mode = Annotated[
+    str, typer.Option(help="copy: every expert is the MLP. split: the MLP cut in shards.", rich_help_panel=MIXTURE)
+]
+Experts = Annotated[
+    int, typer.Option(help="Routed experts a layer; 1 converts the attention only.", rich_help_panel=MIXTURE)
+]
+TopK = Annotated[int, typer.Option(help="Routed experts a token.", rich_help_panel=MIXTURE)]
+Shards = Annotated[int, typer.Option(help="Parts that split cuts the MLP into.", rich_help_panel=MIXTURE)]
+SharedShards = Annotated[int, typer.Option(help="How many of the shards every token passes.", rich_help_panel=MIXTURE)]
+DenseLayers = Annotated[str, typer.Option(help="Layers that keep their MLP, such as 0,1,5-7.", rich_help_panel=MIXTURE)]
+Router = Annotated[str, typer.Option(help="random or zero.", rich_help_panel=MIXTURE)]
+Attention = Annotated[str, typer.Option(help="exact: latents that give the source's logits.", rich_help_panel=NUMBERS)]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the source's; float32 for a GGUF), float32, bfloat16 or float16.", rich_help_panel=NUMBERS
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=NUMBERS)]
+ShardBytes = Annotated[int, typer.Option(help="Size limit of one weight file.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=OUTPUT)]
+
+
+@app.command()
+def plan(
+    source: SourceArgument,
+    mode: Mode = "copy",
+    experts: Experts = 8,
+    top_k: TopK = 2,
+    shards: Shards = 1,
+    shared_shards: SharedShards = 0,
+    dense_layers: DenseLayers = "",
+    router: Router = "random",
+    attention: Attention = "exact",
+    dtype: Dtype = "auto",
+    max_shard_bytes: ShardBytes = 1_000_000_000,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.", rich_help_panel=OUTPUT)] = False,
+) -> None:
+    """Say what a conversion would give and take, from the headers of the weights alone. Writes nothing."""
+    choices = dict(locals())
+    with one_sentence():
+        from .upcycling.plan import make_plan
+        from .upcycling.sources import open_source
+        from .upcycling.summary import summarise
+
+        opened = open_source(source, headers_only=True)
+        summary = summarise(make_plan(opened, _options(choices)), opened)
+        if json:
+            from json import dumps
+
+            typer.echo(dumps(summary, indent=1))
+        else:
+            _show(summary)
+
+
 @app.command()
 def upcycle(
-    source: Annotated[str, SOURCE],
+    source: SourceArgument,
     out: Annotated[Path, typer.Argument(help="Folder to make. It appears when it is complete.")],
-    mode: Annotated[
-        str, typer.Option(help="copy: every expert is the MLP. split: the MLP cut in shards.", rich_help_panel=MIXTURE)
-    ] = "copy",
-    experts: Annotated[
-        int, typer.Option(help="Routed experts a layer; 1 converts the attention only.", rich_help_panel=MIXTURE)
-    ] = 8,
-    top_k: Annotated[int, typer.Option(help="Routed experts a token.", rich_help_panel=MIXTURE)] = 2,
-    shards: Annotated[int, typer.Option(help="Parts that split cuts the MLP into.", rich_help_panel=MIXTURE)] = 1,
-    shared_shards: Annotated[
-        int, typer.Option(help="How many of the shards every token passes.", rich_help_panel=MIXTURE)
-    ] = 0,
-    dense_layers: Annotated[
-        str, typer.Option(help="Layers that keep their MLP, such as 0,1,5-7.", rich_help_panel=MIXTURE)
-    ] = "",
-    router: Annotated[str, typer.Option(help="random or zero.", rich_help_panel=MIXTURE)] = "random",
-    attention: Annotated[
-        str, typer.Option(help="exact: latents that give the source's logits.", rich_help_panel=NUMBERS)
-    ] = "exact",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto (the source's; float32 for a GGUF), float32, bfloat16 or float16.", rich_help_panel=NUMBERS
-        ),
-    ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=NUMBERS)] = 0,
-    max_shard_bytes: Annotated[
-        int, typer.Option(help="Size limit of one weight file.", rich_help_panel=OUTPUT)
-    ] = 1_000_000_000,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=OUTPUT)] = False,
+    mode: Mode = "copy",
+    experts: Experts = 8,
+    top_k: TopK = 2,
+    shards: Shards = 1,
+    shared_shards: SharedShards = 0,
+    dense_layers: DenseLayers = "",
+    router: Router = "random",
+    attention: Attention = "exact",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    max_shard_bytes: ShardBytes = 1_000_000_000,
+    quiet: Quiet = False,
 ) -> None:
     """Convert a dense model into a mixture of experts with latent attention.
 
@@ -88,31 +161,19 @@ def upcycle(
 
     [bold]Example:[/bold] hf-moe upcycle HuggingFaceTB/SmolLM2-135M-Instruct moe --mode copy --experts 4 --top-k 2
     """
+    choices = dict(locals())
     with one_sentence(resumable=True):
-        from .upcycling.convert import upcycle as run
+        from .upcycling.convert import check_target, convert
+        from .upcycling.sources import open_source
 
-        path = run(
-            source,
-            out,
-            progress=not quiet,
-            mode=mode,
-            experts=experts,
-            top_k=top_k,
-            shards=shards,
-            shared_shards=shared_shards,
-            dense_layers=_indices(dense_layers),
-            router=router,
-            attention=attention,
-            dtype=dtype,
-            seed=seed,
-            max_shard_bytes=max_shard_bytes,
-        )
+        options, target = _options(choices), check_target(out)
+        path = convert(open_source(source), target, options, progress=not quiet)
         typer.echo(f"{path} is ready. Prove it with: hf-moe verify {source} {out}")
 
 
 @app.command()
 def verify(
-    source: Annotated[str, SOURCE],
+    source: SourceArgument,
     target: Annotated[Path, typer.Argument(help="Folder that hf-moe upcycle made.")],
     text: Annotated[
         Path | None, typer.Option(help="Text file to read; by default Python's language reference.")
@@ -120,7 +181,7 @@ def verify(
     tokens: Annotated[int, typer.Option(help="Tokens whose logits are compared.")] = 2048,
     new_tokens: Annotated[int, typer.Option(help="Greedy tokens that are compared.")] = 64,
     tolerance: Annotated[float, typer.Option(help="Largest difference of a logit, in float32.")] = 1e-4,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare a converted model with its source: bytes, logits, decoding. Writes certificate.json into the folder."""
     with one_sentence():

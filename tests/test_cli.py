@@ -1,5 +1,6 @@
 """The command line: what a person sees, and the status that a script sees."""
 
+import json
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ def source(tmp_path):
 def test_help_names_every_command():
     status, output, _ = call("--help")
     assert status == 0
-    for command in ("upcycle", "verify", "push", "demo"):
+    for command in ("plan", "upcycle", "verify", "push", "demo"):
         assert command in output
         assert call(command, "--help")[0] == 0
 
@@ -56,10 +57,23 @@ def test_upcycle_then_verify(source, tmp_path):
     assert error.startswith("Error: moe fails: ")
 
 
+def test_plan(source, tmp_path):
+    status, output, _ = call("plan", source, "--experts", 4)
+    assert status == 0
+    assert "cache bytes a token" in output
+    status, output, _ = call("plan", source, "--experts", 4, "--json")
+    assert status == 0
+    planned = json.loads(output)["target"]
+    call("upcycle", source, tmp_path / "moe", "--experts", 4, "-q")
+    assert planned["bytes"] == sum(file.stat().st_size for file in (tmp_path / "moe").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["upcycle", "SOURCE", "OUT", "--experts", "2", "--top-k", "3"], "top_k=3 is above experts=2"),
+        (["plan", "SOURCE", "--experts", "2", "--top-k", "3"], "top_k=3 is above experts=2"),
+        (["plan", "nobody/nothing"], "the Hub cannot be reached"),
         (["upcycle", "SOURCE", "SOURCE"], "exists; choose another name or remove it"),
         (["upcycle", "nobody/nothing", "OUT"], "the Hub cannot be reached"),
         (["upcycle", "EMPTY", "OUT"], "holds no config.json"),

@@ -134,6 +134,41 @@ class FolderSource(Source):
         return match[1] if match else None
 
 
+class RemoteSource(Source):
+    """A repository of the Hub of which only the configuration and the headers are fetched."""
+
+    def __init__(self, location: str):
+        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub.errors import NotASafetensorsRepoError
+
+        repository, _, revision = location.partition("@")
+        with _hub_errors(location):
+            path = Path(hf_hub_download(repository, "config.json", revision=revision or None))
+            try:
+                metadata = HfApi().get_safetensors_metadata(repository, revision=revision or None)
+            except NotASafetensorsRepoError as error:
+                raise ValueError(f"{location} holds no weights: no safetensors files") from error
+        super().__init__(location, path.parent, revision or path.parent.name)
+        self.config = _complete(json.loads(path.read_text(encoding="utf-8")))
+        self.headers = {
+            name: TensorHeader(tensor.dtype, tuple(tensor.shape), Path(file), *tensor.data_offsets)
+            for file, content in metadata.files_metadata.items()
+            for name, tensor in content.tensors.items()
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
+        """Never: the weights are not here."""
+        raise ValueError(f"{self.location} was opened for its headers only")
+
+    def load_arguments(self) -> dict[str, Any]:
+        """The repository."""
+        return {"pretrained_model_name_or_path": self.location.partition("@")[0], "revision": self.revision}
+
+    def license(self) -> str | None:
+        """Not fetched."""
+        return None
+
+
 class GgufSource(Source):
     """A GGUF file: quantised tensors are dequantised one at a time, in float32.
 
@@ -273,9 +308,11 @@ def _complete(raw: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json is not valid: {' '.join(str(error).split())}") from error
 
 
-def open_source(source: str | Path) -> Source:
+def open_source(source: str | Path, *, headers_only: bool = False) -> Source:
     """Open a folder, a GGUF file or a Hub id (`owner/name` or `owner/name@revision`).
 
+    Args:
+        headers_only: of a Hub id, fetch the headers by range requests and no weights; `read` will refuse.
     Raises:
         ValueError: nothing of that name, no weights, a damaged file, an unknown architecture.
         ConnectionError: a Hub id that is neither cached nor reachable.
@@ -288,25 +325,29 @@ def open_source(source: str | Path) -> Source:
             raise ValueError(f"{path.name} is neither a folder, a .gguf file nor a Hub id")
         return GgufSource(str(source), path)
     if _HUB_ID.fullmatch(str(source)):
-        return _open_hub(str(source))
+        return (RemoteSource if headers_only else _open_hub)(str(source))
     raise ValueError(f"{source} does not exist, and is not a Hub id of the form owner/name")
 
 
 def _open_hub(source: str) -> Source:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     repository, _, revision = source.partition("@")
-    patterns = ["config.json", "*.safetensors", INDEX_PATTERN, "README.md", *COPIED_FILES]
-    try:
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", *COPIED_FILES]
+    with _hub_errors(source):
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-    except HfHubHTTPError as error:
-        raise ConnectionError(f"the Hub refused {source!r}: {' '.join(str(error).split())[:300]}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ConnectionError(
-            f"{source!r} is no folder here and the Hub cannot be reached: check the name and the network"
-        ) from error
     return FolderSource(source, Path(folder), revision=Path(folder).name)
 
 
-INDEX_PATTERN = "*.safetensors.index.json"
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise ConnectionError(f"the Hub refused {source!r}: {' '.join(str(error).split())[:300]}") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
+        raise ConnectionError(
+            f"{source!r} is no folder here and the Hub cannot be reached: check the name and the network"
+        ) from error

@@ -1,0 +1,86 @@
+"""What a plan will cost, in numbers that a person can decide by: size, cache, memory, disk, time."""
+
+from math import prod
+from typing import Any
+
+from .. import cost
+from .headers import FLOAT_TYPES, ITEM_SIZE
+from .plan import DTYPE_NAMES, Plan
+from .sources import Source
+
+# Interpreter, torch and buffers, before the first weight.
+BASE_MEMORY = 512 * 1024 * 1024
+# Rate of reading, hashing and writing that the time estimate assumes, bytes a second.
+RATE = 250_000_000
+
+
+def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
+    """Sizes before and after, a row for each layer, and what the conversion itself takes.
+
+    Returns:
+        A dictionary of plain numbers. `layers` has for each layer its parameters, active ones, bytes, bytes read and
+        the cache bytes a token. `memory_peak_bytes` is one layer of the source and the largest tensor of the target.
+    """
+    item = ITEM_SIZE[next(key for key, name in DTYPE_NAMES.items() if name == plan.config["dtype"])]
+    count = cost.parameters(plan.config)
+    layers = [_layer(plan, source, layer, item) for layer in range(plan.config["num_hidden_layers"])]
+    source_bytes = sum(header.nbytes for header in source.headers.values())
+    outside = [t.nbytes + _read_bytes([t], source) for t in plan.tensors() if t.layer is None]
+    largest = max(tensor.nbytes for tensor in plan.tensors())
+    peak = max([row["read_bytes"] + largest for row in layers] + outside) + BASE_MEMORY
+    heads = source.config["num_key_value_heads"] * 2 * plan.config["v_head_dim"]
+    floats = [header for header in source.headers.values() if header.dtype in FLOAT_TYPES]
+    source_item = max(ITEM_SIZE[header.dtype] for header in floats)
+    return {
+        "source": {
+            "name": source.title,
+            "family": plan.family,
+            "parameters": sum(prod(header.shape) for header in source.headers.values()),
+            "bytes": source_bytes,
+            "cache_bytes_per_token": source.config["num_hidden_layers"] * heads * source_item,
+        },
+        "target": {
+            "parameters": count.total,
+            "active_parameters": count.active,
+            "bytes": plan.nbytes,
+            "files": len(plan.shards),
+            "cache_bytes_per_token": cost.cache_numbers(plan.config) * item,
+            "forward_flops_per_token": cost.forward_flops(plan.config, 0),
+        },
+        "conversion": {
+            "memory_peak_bytes": peak,
+            "disk_bytes": plan.nbytes,
+            "seconds": round((source_bytes + plan.nbytes) / rate, 1),
+            "assumed_bytes_per_second": rate,
+        },
+        "layers": layers,
+    }
+
+
+def _layer(plan: Plan, source: Source, layer: int, item: int) -> dict[str, Any]:
+    tensors = [tensor for tensor in plan.tensors() if tensor.layer == layer]
+    total = sum(prod(tensor.shape) for tensor in tensors)
+    routed = sum(prod(tensor.shape) for tensor in tensors if ".mlp.experts." in tensor.name)
+    one_layer = dict(plan.config) | {"num_hidden_layers": 1}
+    return {
+        "layer": layer,
+        "attention": plan.config["layer_types"][layer],
+        "mlp": plan.config["mlp_layer_types"][layer],
+        "parameters": total,
+        "active_parameters": total
+        - routed
+        + routed * plan.config["num_experts_per_tok"] // plan.config["n_routed_experts"],
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "read_bytes": _read_bytes(tensors, source),
+        "cache_bytes_per_token": cost.cache_numbers(one_layer) * item,
+    }
+
+
+def _read_bytes(tensors: list[Any], source: Source) -> int:
+    parts = {part for tensor in tensors for part in tensor.parts}
+    size = 0
+    for part in parts:
+        header = source.headers[part.name]
+        rows = header.shape[0] if part.stop is None else part.stop - part.start
+        size += header.nbytes * rows // header.shape[0]
+    return size
