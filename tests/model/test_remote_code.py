@@ -1,0 +1,140 @@
+"""The model folder as remote code: what may be imported where, and loading with and without the package and trust."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_ids, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import hf_moe
+
+PACKAGE = Path(hf_moe.__file__).parent
+MODEL = PACKAGE / "model"
+# Who may import whom: a package imports itself and packages of a smaller number.
+RANKS = {"model": 0, "cost": 0, "kernels": 1, "training": 2, "quantization": 2, "upcycling": 3, "demo": 4, "cli": 5}
+MODEL_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+
+
+def imports_of(path: Path):
+    """(level, module, names) of every import statement in a file, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield 0, alias.name, []
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module, [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("path", sorted(MODEL.glob("*.py")), ids=lambda path: path.name)
+def test_model_folder_imports_only_itself_torch_and_transformers(path):
+    for level, module, _ in imports_of(path):
+        if level == 0:
+            assert module.partition(".")[0] in MODEL_MAY_IMPORT
+        else:
+            # `from ..x`, `from . import x` and subfolders do not survive the copy beside the weights.
+            assert level == 1
+            assert (MODEL / f"{module}.py").exists()
+    assert [entry for entry in MODEL.iterdir() if entry.is_dir() and entry.name != "__pycache__"] == []
+
+
+def test_arrows_between_packages_point_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        here = path.relative_to(PACKAGE).with_suffix("").parts
+        if here == ("__init__",):
+            continue
+        for level, module, names in imports_of(path):
+            if level:
+                target = [*here[: len(here) - level], *(module or "").split(".")]
+            elif module.partition(".")[0] == "hf_moe":
+                target = module.split(".")[1:]
+            else:
+                assert module.partition(".")[0] != "triton" or here[0] == "kernels", f"{path} imports triton"
+                continue
+            # `from . import x` and `from hf_moe import x` name modules or the public classes of the model.
+            for first in [target[0]] if target and target[0] else names:
+                first = first if first in RANKS else "model"
+                assert first == here[0] or RANKS[first] < RANKS[here[0]], f"{path} imports {first}"
+
+
+def test_import_is_inert():
+    code = """
+import sys, hf_moe, torch
+assert not torch.cuda.is_initialized()
+assert not [name for name in sys.modules if name.startswith(("hf_moe.kernels.", "hf_moe.upcycling"))]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def run_without_package(code: str, folder: Path, scratch: Path) -> str:
+    """Standard output of a process in which `import hf_moe` fails."""
+    code = f"import sys; sys.modules['hf_moe'] = None; folder = {str(folder)!r}\n{code}"
+    environment = os.environ | {"HF_HOME": str(scratch), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=scratch, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+WITHOUT_PACKAGE = """
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+for auto in (AutoConfig, AutoModelForCausalLM):
+    try:
+        auto.from_pretrained(folder, trust_remote_code=False)  # None would ask on the terminal
+    except ValueError as error:
+        print(str(error).replace(chr(10), " "))
+ids = torch.load(folder + "/ids.pt")
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+print(type(model).__module__.split(".")[0], model.config._experts_implementation)
+with torch.no_grad():
+    torch.save(model(ids).logits, folder + "/logits.pt")
+classifier = AutoModelForSequenceClassification.from_config(model.config, trust_remote_code=True)
+print(type(classifier).__name__, classifier(ids).logits.shape[-1])
+model.save_pretrained(folder + "/again")
+"""
+
+
+@torch.no_grad()
+def test_four_cells_of_package_and_trust(tmp_path):
+    model, ids = tiny_model("deepseek_v3"), random_ids(2, 9)
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    torch.save(ids, folder / "ids.pt")
+    copied = {path.name for path in folder.glob("*.py")}
+    assert copied == {path.name for path in MODEL.glob("*.py")} - {"__init__.py"}
+
+    # With the package its classes win, trusted or not.
+    for trust in (False, True):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+        assert type(loaded) is hf_moe.HfMoeForCausalLM
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+    # Without it: refused by name, or the same numbers from the files beside the weights.
+    lines = run_without_package(WITHOUT_PACKAGE, folder, tmp_path).splitlines()
+    untrusted_config, untrusted_model, origin, head = lines
+    for message in (untrusted_config, untrusted_model):
+        assert "trust_remote_code=True" in message
+        assert str(folder) in message
+    assert origin == "transformers_modules grouped_mm"
+    assert head == "HfMoeForSequenceClassification 2"
+    logits = torch.load(folder / "logits.pt")
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-6)
+
+    # What remote code saved is a checkpoint like ours, with the files again.
+    again = AutoModelForCausalLM.from_pretrained(folder / "again")
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+    assert {path.name for path in (folder / "again").glob("*.py")} == copied
+
+
+def test_every_head_is_named_for_the_hub():
+    config = tiny_config()
+    assert config.auto_map["AutoModelForSequenceClassification"] == "modeling_hf_moe.HfMoeForSequenceClassification"
+    for reference in config.auto_map.values():
+        file, name = reference.split(".")
+        assert (MODEL / f"{file}.py").exists()
+        assert hasattr(hf_moe, name)
+    assert type(AutoModelForSequenceClassification.from_config(config)) is hf_moe.HfMoeForSequenceClassification
