@@ -1,0 +1,70 @@
+"""Fifty processes killed at random: the target is never there in part, and the last run's bytes are the same."""
+
+import subprocess
+import sys
+
+from dense import save_dense
+
+# Forked from one process that has everything imported, so that a run takes as long as its work.
+SCRIPT = """
+import hashlib, os, random, shutil, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from hf_moe.upcycling import upcycle
+
+source, work = sys.argv[1], Path(sys.argv[2])
+target, choices = work / "moe", dict(experts=3, top_k=2, max_shard_bytes=60_000, progress=False)
+
+def start():
+    child = os.fork()
+    if child == 0:
+        try:
+            upcycle(source, target, **choices)
+        finally:
+            os._exit(int(sys.exc_info()[0] is not None))
+    return child
+
+def whole():
+    begin = time.monotonic()
+    assert os.waitpid(start(), 0)[1] == 0
+    assert not list(work.glob(".*"))
+    digest = hashlib.sha256()
+    for path in sorted(target.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    shutil.rmtree(target)
+    return digest.hexdigest(), time.monotonic() - begin
+
+whole()
+expected, seconds = whole()
+clock, kills, left = random.Random(0), 0, set()
+while kills < 50:
+    for _ in range(clock.randint(1, 3)):
+        child = start()
+        time.sleep(clock.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        kills += os.WIFSIGNALED(status)
+        if target.exists():
+            break
+        journal = work / ".moe.partial" / "journal.jsonl"
+        left.add(journal.read_bytes().count(b"\\n") if journal.exists() else 0)
+    if target.exists():
+        assert (target / "provenance.json").exists()
+        shutil.rmtree(target)
+        continue
+    assert whole()[0] == expected, "another result after a kill"
+print(kills, len(left))
+"""
+
+
+def test_killed_at_random(tmp_path):
+    source = save_dense(tmp_path / "dense", max_shard_size="100KB")
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, "-c", SCRIPT, str(source), str(tmp_path / "work")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kills, places = map(int, result.stdout.split())
+    assert kills >= 50
+    # The kills fell into different places of the conversion, not all before or after it.
+    assert places >= 5
