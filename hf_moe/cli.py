@@ -84,7 +84,12 @@ def _show(summary: dict[str, Any]) -> None:
 
 SourceArgument = Annotated[str, typer.Argument(help=SOURCE_HELP)]
 Mode = Annotated[
-    str, typer.Option(help="copy: every expert is the MLP. split: the MLP cut in shards.", rich_help_panel=MIXTURE)
+    str,
+    typer.Option(
+        help="copy: every expert is the MLP. split: the MLP cut in shards. drop: copies with neurons drawn anew. "
+        "noise: copies with noise. The first two are exact.",
+        rich_help_panel=MIXTURE,
+    ),
 ]
 Experts = Annotated[
     int, typer.Option(help="Routed experts a layer; 1 converts the attention only.", rich_help_panel=MIXTURE)
@@ -92,6 +97,8 @@ Experts = Annotated[
 TopK = Annotated[int, typer.Option(help="Routed experts a token.", rich_help_panel=MIXTURE)]
 Shards = Annotated[int, typer.Option(help="Parts that split cuts the MLP into.", rich_help_panel=MIXTURE)]
 SharedShards = Annotated[int, typer.Option(help="How many of the shards every token passes.", rich_help_panel=MIXTURE)]
+DropRatio = Annotated[float, typer.Option(help="Share of the neurons that drop draws anew.", rich_help_panel=MIXTURE)]
+NoiseStd = Annotated[float, typer.Option(help="Noise in units of each matrix's deviation.", rich_help_panel=MIXTURE)]
 DenseLayers = Annotated[str, typer.Option(help="Layers that keep their MLP, such as 0,1,5-7.", rich_help_panel=MIXTURE)]
 Router = Annotated[str, typer.Option(help="random or zero.", rich_help_panel=MIXTURE)]
 Attention = Annotated[str, typer.Option(help="exact: latents that give the source's logits.", rich_help_panel=NUMBERS)]
@@ -114,6 +121,8 @@ def plan(
     top_k: TopK = 2,
     shards: Shards = 1,
     shared_shards: SharedShards = 0,
+    drop_ratio: DropRatio = 0.5,
+    noise_std: NoiseStd = 0.05,
     dense_layers: DenseLayers = "",
     router: Router = "random",
     attention: Attention = "exact",
@@ -147,6 +156,8 @@ def upcycle(
     top_k: TopK = 2,
     shards: Shards = 1,
     shared_shards: SharedShards = 0,
+    drop_ratio: DropRatio = 0.5,
+    noise_std: NoiseStd = 0.05,
     dense_layers: DenseLayers = "",
     router: Router = "random",
     attention: Attention = "exact",

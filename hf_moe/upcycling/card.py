@@ -1,6 +1,7 @@
 """The model card: where the model came from, what was done to it, and under which licence."""
 
 from pathlib import Path
+from typing import Any
 
 from .options import MODES
 from .plan import Plan
@@ -45,10 +46,13 @@ Made with
 `provenance.json` names, for every tensor, the source tensors it was made of and the SHA-256 of both.
 `certificate.json`, where present, holds the measured differences from the source (`hf-moe verify`).
 
+{measured}
 ## Licence
 
 {license_note}
 """
+# What `verify` measured stands between these; it is replaced each time.
+_BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
 
 
 def write_card(plan: Plan, source: Source, folder: Path) -> None:
@@ -78,9 +82,33 @@ def write_card(plan: Plan, source: Source, folder: Path) -> None:
         explanation=MODES[plan.options.mode],
         attention=plan.options.attention,
         command=command_line(plan, source, name),
+        measured=f"{_BEGIN}\n{_END}\n",
         license_note=note,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def add_measurements(folder: Path, certificate: dict[str, Any]) -> None:
+    """Put the certificate's numbers into the card, in place of those of an earlier run."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if _BEGIN not in text or _END not in text or "logits" not in certificate:
+        return
+    logits, loss, decode = certificate["logits"], certificate["loss"], certificate["decode"]
+    rows = [
+        ("result", "passed" if certificate["passed"] else f"failed: {certificate['failures'][0]}"),
+        ("text", f"{logits['tokens']} tokens of {certificate['text']}"),
+        ("largest difference of a logit, fp32", f"{logits['max_abs_difference']:.2e}"),
+        ("same most likely token", f"{logits['top1_agreement']:.2%}"),
+        ("loss of the source", f"{loss['source']:.4f}"),
+        ("loss of this model", f"{loss['target']:.4f} ({loss['difference']:+.4f})"),
+        (f"{decode['greedy_tokens']} greedy tokens", "the same" if decode["greedy_equal"] else "not the same"),
+    ]
+    table = "\n".join(
+        ["## Measured against the source", "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    )
+    before, rest = text.split(_BEGIN, 1)
+    path.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{rest.split(_END, 1)[1]}", encoding="utf-8")
 
 
 def command_line(plan: Plan, source: Source, name: str) -> str:
@@ -90,6 +118,10 @@ def command_line(plan: Plan, source: Source, name: str) -> str:
     words.append(f"--experts {options.experts} --top-k {options.top_k}")
     if options.mode == "split":
         words.append(f"--shards {options.shards} --shared-shards {options.shared_shards}")
+    if options.mode == "drop":
+        words.append(f"--drop-ratio {options.drop_ratio}")
+    if options.mode == "noise":
+        words.append(f"--noise-std {options.noise_std}")
     if options.dense_layers:
         words.append(f"--dense-layers {','.join(map(str, options.dense_layers))}")
     words.append(f"--attention {options.attention} --router {options.router} --dtype {options.dtype}")

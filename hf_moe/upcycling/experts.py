@@ -5,12 +5,14 @@
 Neurons do not mix before the down-projection, so any cut of them is exact, and a scale may stand on the down-projection
 only: act(s·x) is not s·act(x).
 
-Source: arXiv:2212.05055 (copies), arXiv:2410.07524 and arXiv:2406.19384 (shards).
+Source: arXiv:2212.05055 (copies), arXiv:2410.07524 and arXiv:2406.19384 (shards), arXiv:2502.19261 (drop).
 """
 
 from collections.abc import Callable
 
 import torch
+
+from .random import generator
 
 
 def copy(weight: torch.Tensor) -> torch.Tensor:
@@ -29,4 +31,34 @@ def add(weight: torch.Tensor, *, offset: float) -> torch.Tensor:
     return weight.double() + offset
 
 
-RULES: dict[str, Callable[..., torch.Tensor]] = {"copy": copy, "columns": columns, "add": add}
+def redraw(weight: torch.Tensor, *, dim: int, ratio: float, neurons: str, values: str) -> torch.Tensor:
+    """Draw a share of the neurons anew, from a normal distribution with their own mean and deviation.
+
+    Args:
+        weight: (F, D) with dim 0 (gate, up) or (D, F) with dim 1 (down).
+        ratio: share of the F neurons, rounded to whole ones.
+        neurons: seed of the choice, the same for the three matrices of an expert. values: seed of the numbers.
+    """
+    width = weight.shape[dim]
+    index = torch.randperm(width, generator=generator(neurons))[: round(ratio * width)]
+    if not len(index):
+        return weight
+    old = weight.index_select(dim, index).float()
+    new = torch.randn(old.shape, generator=generator(values)) * old.std(correction=0) + old.mean()
+    return weight.clone().index_copy_(dim, index, new.to(weight.dtype))
+
+
+def noise(weight: torch.Tensor, *, std: float, values: str) -> torch.Tensor:
+    """weight + normal noise of `std` times the weight's deviation; `values` is the seed."""
+    exact = weight.float()
+    new = exact + torch.randn(weight.shape, generator=generator(values)) * (exact.std(correction=0) * std)
+    return new.to(weight.dtype)
+
+
+RULES: dict[str, Callable[..., torch.Tensor]] = {
+    "copy": copy,
+    "columns": columns,
+    "add": add,
+    "redraw": redraw,
+    "noise": noise,
+}

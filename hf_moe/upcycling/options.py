@@ -6,6 +6,8 @@ from typing import Any
 MODES = {
     "copy": "every expert is the dense MLP; exact",
     "split": "the dense MLP cut into shards, one shared and the others copied; exact",
+    "drop": "copies in which drop_ratio of the neurons are drawn anew, others in each expert; not exact",
+    "noise": "copies with normal noise of noise_std times each matrix's deviation; not exact",
 }
 EXACT_MODES = ("copy", "split")
 ATTENTIONS = {"exact": "grouped-query attention as latent attention, same logits, same cache size"}
@@ -25,6 +27,7 @@ class Options:
         experts, top_k: E and K of the target. `experts=1` keeps the MLPs dense and converts the attention only.
         shards: into how many parts `split` cuts the MLP; 1 elsewhere.
         shared_shards: how many of them are always on.
+        drop_ratio: share of the neurons that `drop` draws anew. noise_std: strength of `noise`.
         attention: a key of `ATTENTIONS`. router: a key of `ROUTERS`, with `router_std`.
         dense_layers: layers that keep their MLP.
         dtype: "auto" keeps the source's; a GGUF's is float32.
@@ -40,6 +43,8 @@ class Options:
     top_k: int = 2
     shards: int = 1
     shared_shards: int = 0
+    drop_ratio: float = 0.5
+    noise_std: float = 0.05
     attention: str = "exact"
     router: str = "random"
     router_std: float = 0.02
@@ -57,6 +62,10 @@ class Options:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.experts > 1 and self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} is above experts={self.experts}")
+        if not 0 <= self.drop_ratio <= 1:
+            raise ValueError(f"drop_ratio={self.drop_ratio} must be between 0 and 1")
+        if self.noise_std < 0:
+            raise ValueError(f"noise_std={self.noise_std} must be at least 0")
         if self.mode == "split":
             self._check_split()
         elif self.shards != 1 or self.shared_shards:

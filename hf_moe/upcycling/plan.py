@@ -8,7 +8,7 @@ width of a key head, V width of a value head.
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -294,7 +294,21 @@ class _Layout:
             yield from self._mlp(f"{prefix}shared_experts.", layer, 0, stop, self.residual)
         for expert in range(options.experts):
             start = (options.shared_shards + expert % routed) * self.width
-            yield from self._mlp(f"{prefix}experts.{expert}.", layer, start, start + self.width, 1.0)
+            tensors = self._mlp(f"{prefix}experts.{expert}.", layer, start, start + self.width, 1.0)
+            yield from map(self._changed, tensors) if options.mode in ("drop", "noise") else tensors
+
+    def _changed(self, tensor: TargetTensor) -> TargetTensor:
+        """An expert's copy of a matrix, with the change of the mode in place of the copying."""
+        options, (expert, _, matrix) = self.options, tensor.name.rpartition(".experts.")
+        expert = f"{options.seed}/{expert}/{matrix.partition('.')[0]}"
+        arguments: dict[str, Any] = {"values": f"{expert}/{matrix}"}
+        if options.mode == "drop":
+            dim = 1 if matrix.endswith("down_proj.weight") else 0
+            arguments |= {"dim": dim, "ratio": options.drop_ratio, "neurons": expert}
+        else:
+            arguments |= {"std": options.noise_std}
+        rule = {"drop": "redraw", "noise": "noise"}[options.mode]
+        return replace(tensor, rule=rule, arguments=tuple(sorted(arguments.items())))
 
     def _mlp(self, prefix: str, layer: int, start: int, stop: int, scale: float) -> Iterator[TargetTensor]:
         """Neurons `start` to `stop` of the dense MLP. A scale goes on the down-projection: silu is not linear."""

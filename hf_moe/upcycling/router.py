@@ -7,10 +7,11 @@ whole sets, so that every token meets every shard with a total weight of 1.
 Source: arXiv:2410.07524 section 3.2 (the same row for a set).
 """
 
-import hashlib
 from collections.abc import Callable
 
 import torch
+
+from .random import generator
 
 
 def router_random(*, shape: tuple[int, ...], repeats: int, std: float, seed: str) -> torch.Tensor:
@@ -22,11 +23,6 @@ def router_random(*, shape: tuple[int, ...], repeats: int, std: float, seed: str
 def router_zero(*, shape: tuple[int, ...], repeats: int, std: float, seed: str) -> torch.Tensor:
     """Zeros (E, D)."""
     return torch.zeros(shape)
-
-
-def generator(seed: str) -> torch.Generator:
-    """A random stream of its own for each tensor, so that their order does not matter."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "little"))
 
 
 RULES: dict[str, Callable[..., torch.Tensor]] = {"router_random": router_random, "router_zero": router_zero}

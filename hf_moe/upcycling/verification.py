@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from .card import add_measurements
 from .convert import PROVENANCE_NAME
 from .headers import read_folder
 from .options import EXACT_MODES, Options
@@ -94,6 +95,7 @@ def verify(
         },
         "tensors": record["tensors"],
     }
+    add_measurements(folder, certificate)
     path = folder / CERTIFICATE_NAME
     path.write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
     if failures:
