@@ -87,9 +87,12 @@ Mode = Annotated[
     str,
     typer.Option(
         help="copy: every expert is the MLP. split: the MLP cut in shards. drop: copies with neurons drawn anew. "
-        "noise: copies with noise. The first two are exact.",
+        "noise: copies with noise. branch: experts of several models. The first two are exact.",
         rich_help_panel=MIXTURE,
     ),
+]
+Branch = Annotated[
+    list[str] | None, typer.Option(help="A further source for mode branch; may be repeated.", rich_help_panel=MIXTURE)
 ]
 Experts = Annotated[
     int, typer.Option(help="Routed experts a layer; 1 converts the attention only.", rich_help_panel=MIXTURE)
@@ -117,6 +120,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", 
 def plan(
     source: SourceArgument,
     mode: Mode = "copy",
+    branch: Branch = None,
     experts: Experts = 8,
     top_k: TopK = 2,
     shards: Shards = 1,
@@ -137,7 +141,7 @@ def plan(
         from .upcycling.sources import open_source
         from .upcycling.summary import summarise
 
-        opened = open_source(source, headers_only=True)
+        opened = open_source([source, *(branch or [])], headers_only=True)
         summary = summarise(make_plan(opened, _options(choices)), opened)
         if json:
             from json import dumps
@@ -152,6 +156,7 @@ def upcycle(
     source: SourceArgument,
     out: Annotated[Path, typer.Argument(help="Folder to make. It appears when it is complete.")],
     mode: Mode = "copy",
+    branch: Branch = None,
     experts: Experts = 8,
     top_k: TopK = 2,
     shards: Shards = 1,
@@ -178,7 +183,7 @@ def upcycle(
         from .upcycling.sources import open_source
 
         options, target = _options(choices), check_target(out)
-        path = convert(open_source(source), target, options, progress=not quiet)
+        path = convert(open_source([source, *(branch or [])]), target, options, progress=not quiet)
         typer.echo(f"{path} is ready. Prove it with: hf-moe verify {source} {out}")
 
 
@@ -186,6 +191,7 @@ def upcycle(
 def verify(
     source: SourceArgument,
     target: Annotated[Path, typer.Argument(help="Folder that hf-moe upcycle made.")],
+    branch: Annotated[list[str] | None, typer.Option(help="The further sources of mode branch.")] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text file to read; by default Python's language reference.")
     ] = None,
@@ -200,7 +206,13 @@ def verify(
 
         words = text.read_text(encoding="utf-8") if text else None
         certificate = run(
-            source, target, text=words, tokens=tokens, new_tokens=new_tokens, tolerance=tolerance, progress=not quiet
+            [source, *(branch or [])],
+            target,
+            text=words,
+            tokens=tokens,
+            new_tokens=new_tokens,
+            tolerance=tolerance,
+            progress=not quiet,
         )
         logits, decode, loss = certificate["logits"], certificate["decode"], certificate["loss"]
         typer.echo(f"{target}: passed")

@@ -19,7 +19,7 @@ tags:
 
 # {title}
 
-A latent-attention mixture of experts, made from the dense model `{source}`{revision} by `hf_moe`.
+A latent-attention mixture of experts, made from {sources} by `hf_moe`.
 
 | | |
 |---|---|
@@ -58,19 +58,16 @@ _BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
 def write_card(plan: Plan, source: Source, folder: Path) -> None:
     """Write README.md: the same text for the same conversion, so without a date."""
     license_name = source.license()
-    note = f"The source states `{license_name}`, which holds for this model too."
-    if license_name is None:
-        note = "The source states no licence: find out whose work it is before sharing this model."
+    named = [each for each in source.branches if each.revision]
     config = plan.config
     name = folder.name.removeprefix(".").removesuffix(".partial")
     text = _CARD.format(
         license=license_name or "other",
         # The Hub shows a link to a base model that it knows by id.
-        base_model=f"base_model: {source.title}\n" if source.revision else "",
+        base_model="base_model:\n" + "".join(f"- {each.location}\n" for each in named) if named else "",
         title=name,
         folder=name,
-        source=source.title,
-        revision=f" at revision `{source.revision}`" if source.revision else "",
+        sources=" and ".join(map(_described, source.branches)),
         parameters=plan.parameters,
         layers=config["num_hidden_layers"],
         sparse=config["mlp_layer_types"].count("sparse"),
@@ -83,9 +80,25 @@ def write_card(plan: Plan, source: Source, folder: Path) -> None:
         attention=plan.options.attention,
         command=command_line(plan, source, name),
         measured=f"{_BEGIN}\n{_END}\n",
-        license_note=note,
+        license_note=license_note(source),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _described(source: Source) -> str:
+    return f"`{source.title}`" + (f" at revision `{source.revision}`" if source.revision else "")
+
+
+def license_note(source: Source) -> str:
+    """What the sources' licences mean for the result; a conflict or a gap is pointed out."""
+    stated = {each.title: each.license() for each in source.branches}
+    listed = ", ".join(f"{title} states `{name}`" if name else f"{title} states none" for title, name in stated.items())
+    names = set(stated.values())
+    if len(names) > 1:
+        return f"**The sources disagree**: {listed}. Find out which terms hold for a mixture of them before sharing it."
+    if None in names:
+        return "The source states no licence: find out whose work it is before sharing this model."
+    return f"{listed}, which holds for this model too."
 
 
 def add_measurements(folder: Path, certificate: dict[str, Any]) -> None:
@@ -114,7 +127,9 @@ def add_measurements(folder: Path, certificate: dict[str, Any]) -> None:
 def command_line(plan: Plan, source: Source, name: str) -> str:
     """The command that makes this model again."""
     options = plan.options
-    words = [f"hf-moe upcycle {source.title} {name} --mode {options.mode}"]
+    first, *others = source.branches
+    words = [f"hf-moe upcycle {first.title} {name} --mode {options.mode}"]
+    words += [f"--branch {other.title}" for other in others]
     words.append(f"--experts {options.experts} --top-k {options.top_k}")
     if options.mode == "split":
         words.append(f"--shards {options.shards} --shared-shards {options.shared_shards}")

@@ -22,7 +22,7 @@ PROVENANCE_NAME = "provenance.json"
 _SMALL_FILES = 64 * 1024 * 1024
 
 
-def upcycle(source: str | Path, out: str | Path, *, progress: bool = True, **choices: Any) -> Path:
+def upcycle(source: str | Path | list[str | Path], out: str | Path, *, progress: bool = True, **choices: Any) -> Path:
     """Convert a dense checkpoint into a latent-attention mixture of experts.
 
         upcycle("HuggingFaceTB/SmolLM2-135M-Instruct", "moe", mode="copy", experts=4, top_k=2)
@@ -31,7 +31,8 @@ def upcycle(source: str | Path, out: str | Path, *, progress: bool = True, **cho
     interrupted is continued by the next one with the same arguments, and ends in the same bytes.
 
     Args:
-        source: folder of safetensors, GGUF file, or Hub id (`owner/name`, `owner/name@revision`).
+        source: folder of safetensors, GGUF file, or Hub id (`owner/name`, `owner/name@revision`); a list of them in
+            mode `branch`.
         out: folder to make; it must not exist.
         progress: whether to draw progress bars.
         choices: fields of `Options`.
@@ -145,6 +146,7 @@ def write_rest(plan: Plan, source: Source, config: Any, folder: Path, journal: J
 
 def copy_tokenizer(source: Source, folder: Path) -> None:
     """Tokenizer, chat template and generation settings, copied, or translated from a GGUF file."""
+    source = source.branches[0]
     if isinstance(source, FolderSource):
         for pattern in COPIED_FILES:
             for path in sorted(source.path.glob(pattern)):
@@ -169,7 +171,12 @@ def provenance(plan: Plan, source: Source, folder: Path, journal: Journal) -> di
     places = [(shard.file, tensor) for shard in plan.shards for tensor in shard.tensors]
     for (file, tensor), entry in zip(places, journal.entries, strict=True):
         sources = [
-            {"name": part.name, "rows": None if part.stop is None else [part.start, part.stop], "sha256": sha256}
+            {
+                "name": part.name,
+                "rows": None if part.stop is None else [part.start, part.stop],
+                "source": part.branch,
+                "sha256": sha256,
+            }
             for part, sha256 in zip(tensor.parts, entry["inputs"], strict=True)
         ]
         tensors.append(
@@ -190,7 +197,8 @@ def provenance(plan: Plan, source: Source, folder: Path, journal: Journal) -> di
     }
     return {
         "format": 1,
-        "source": {"name": source.title, "revision": source.revision, "family": plan.family},
+        "family": plan.family,
+        "sources": [{"name": each.title, "revision": each.revision} for each in source.branches],
         "options": plan.options.to_dict(),
         "files": small,
         "shard_headers": headers,

@@ -17,11 +17,12 @@ Rule = str | Callable[[Config], Any]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows `start` to `stop` of a source tensor; all of them when `stop` is None."""
+    """Rows `start` to `stop` of a source tensor; all of them when `stop` is None. `branch` says of which source."""
 
     name: str
     start: int = 0
     stop: int | None = None
+    branch: int = 0
 
 
 # Roles outside of the layers, and inside of one. Values are module names; ".weight" or ".bias" is added.

@@ -8,6 +8,7 @@ MODES = {
     "split": "the dense MLP cut into shards, one shared and the others copied; exact",
     "drop": "copies in which drop_ratio of the neurons are drawn anew, others in each expert; not exact",
     "noise": "copies with normal noise of noise_std times each matrix's deviation; not exact",
+    "branch": "experts from several dense models of one shape in turn, everything else their mean; not exact",
 }
 EXACT_MODES = ("copy", "split")
 ATTENTIONS = {"exact": "grouped-query attention as latent attention, same logits, same cache size"}

@@ -24,6 +24,7 @@ DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 class TargetTensor:
     """One tensor of the target: `rule` applied to `parts` of the source with `arguments`, stored as `dtype`.
 
+    With `mean_of` = n above 1, every n parts are the same one of n sources, and their mean goes in.
     `layer` is the layer that it belongs to, None outside; sources are kept in memory for one layer.
     """
 
@@ -34,6 +35,7 @@ class TargetTensor:
     parts: tuple[Part, ...]
     arguments: tuple[tuple[str, Any], ...]
     layer: int | None
+    mean_of: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +117,8 @@ def make_plan(source: Source, options: Options) -> Plan:
     layout.check_source()
     config = layout.target_config()
     tensors = list(layout.tensors())
+    if options.mode == "branch":
+        tensors = [layout.branched(tensor) for tensor in tensors]
     return Plan(source.location, source.revision, family.model_type, options, config, pack(tensors, options))
 
 
@@ -123,6 +127,11 @@ class _Layout:
 
     def __init__(self, source: Source, family: Family, options: Options):
         self.headers = source.headers
+        self.branches = len(source.branches)
+        if (options.mode == "branch") != (self.branches > 1):
+            raise ValueError(f"mode={options.mode!r} with {self.branches} sources: branch takes several, others one")
+        if options.mode == "branch" and options.experts % self.branches:
+            raise ValueError(f"experts={options.experts} is not a multiple of the {self.branches} sources")
         self.family = family
         self.options = options
         self.source_config = config = source.config
@@ -296,6 +305,15 @@ class _Layout:
             start = (options.shared_shards + expert % routed) * self.width
             tensors = self._mlp(f"{prefix}experts.{expert}.", layer, start, start + self.width, 1.0)
             yield from map(self._changed, tensors) if options.mode in ("drop", "noise") else tensors
+
+    def branched(self, tensor: TargetTensor) -> TargetTensor:
+        """An expert from its source, anything else as the mean of all."""
+        _, found, rest = tensor.name.partition(".experts.")
+        if found:
+            branch = int(rest.split(".")[0]) % self.branches
+            return replace(tensor, parts=tuple(replace(part, branch=branch) for part in tensor.parts))
+        parts = tuple(replace(part, branch=b) for part in tensor.parts for b in range(self.branches))
+        return replace(tensor, parts=parts, mean_of=self.branches if parts else 1)
 
     def _changed(self, tensor: TargetTensor) -> TargetTensor:
         """An expert's copy of a matrix, with the change of the mode in place of the copying."""

@@ -51,7 +51,7 @@ def produce(source: Source, tensors: Iterator[TargetTensor]) -> Iterator[Produce
             if part not in held:
                 held[part] = _read(source, part)
         inputs = [held[part] for part in tensor.parts]
-        result = apply_rule(tensor, [weight for weight, _ in inputs])
+        result = apply_rule(tensor, _means([weight for weight, _ in inputs], tensor.mean_of))
         data = memoryview(as_bytes(result))
         same = tensor.rule == "copy" and result is inputs[0][0]
         sha256 = inputs[0][1] if same else hashlib.sha256(data).hexdigest()
@@ -83,8 +83,20 @@ def as_bytes(tensor: torch.Tensor) -> Any:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
+def _means(weights: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    if count == 1:
+        return weights
+    means = []
+    for first in range(0, len(weights), count):
+        total = weights[first].double()
+        for weight in weights[first + 1 : first + count]:
+            total += weight
+        means.append((total / count).to(weights[first].dtype))
+    return means
+
+
 def _read(source: Source, part: Part) -> tuple[torch.Tensor, str]:
-    weight = source.read(part.name, part.start, part.stop)
+    weight = source.branches[part.branch].read(part.name, part.start, part.stop)
     if weight.is_floating_point() and not all_finite(weight):
         raise ValueError(f"{part.name} holds NaN or infinity; the source is damaged")
     return weight, hashlib.sha256(as_bytes(weight)).hexdigest()

@@ -49,7 +49,7 @@ class Run:
 
 
 def verify(
-    source: str | Path,
+    source: str | Path | list[str | Path],
     target: str | Path,
     *,
     text: str | None = None,
