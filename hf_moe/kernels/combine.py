@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .routing import Routing
+from .tuning import cdiv, power_of_2
 
 
 @triton.jit
@@ -42,8 +43,8 @@ def combine(y_ND: torch.Tensor, weight_TK: torch.Tensor | None, routing: Routing
     """
     N, D = y_ND.shape
     out_TD = torch.empty((N // K, D), dtype=dtype or y_ND.dtype, device=y_ND.device)
-    block = min(triton.next_power_of_2(D), 1024)
-    _combine_kernel[(N // K, triton.cdiv(D, block))](
+    block = min(power_of_2(D), 1024)
+    _combine_kernel[(N // K, cdiv(D, block))](
         y_ND,
         y_ND if weight_TK is None else weight_TK.contiguous(),
         routing.position_N,
@@ -67,15 +68,18 @@ def _spread_kernel(x_ptr, position_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.c
         tl.store(y_ptr + position * D + d, row, mask=d < tl.where(position >= 0, D, 0))
 
 
-def spread(x_TD: torch.Tensor, routing: Routing, K: int) -> torch.Tensor:
+def spread(x_TD: torch.Tensor, routing: Routing, K: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Copy each token to its rows: y[position[t, k]] = x[t]. Rows of no expert stay unwritten.
+
+    Args:
+        out: (N, D) to write into; a new tensor when None.
 
     Cost: reads T·D, writes N·D: written from the token's side, so that x is read once and not K times.
     """
     T, D = x_TD.shape
-    y_ND = torch.empty((T * K, D), dtype=x_TD.dtype, device=x_TD.device)
-    block = min(triton.next_power_of_2(D), 1024)
-    _spread_kernel[(T, triton.cdiv(D, block))](
+    y_ND = x_TD.new_empty((T * K, D)) if out is None else out
+    block = min(power_of_2(D), 1024)
+    _spread_kernel[(T, cdiv(D, block))](
         x_TD, routing.position_N, y_ND, D, K, block, num_warps=4 if block >= 512 else 1
     )
     return y_ND

@@ -10,25 +10,26 @@ from .tuning import Tile
 
 
 @functools.cache
-def _properties(device: torch.device):
-    return torch.cuda.get_device_properties(device)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1)."""
+@functools.cache
+def _copies_in_bulk(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).major >= 9
     return bool(triton.knobs.runtime.interpret)
 
 
 def can_describe(tensor: torch.Tensor) -> bool:
     """A descriptor needs Hopper or newer, 16-byte rows and a contiguous last dimension."""
-    if tensor.device.type == "cuda":
-        if _properties(tensor.device).major < 9:
-            return False
-    elif not interpreted():
+    if not _copies_in_bulk(tensor.device):
         return False
-    unit = 16 // tensor.element_size()
-    aligned = tensor.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in tensor.stride()[:-1])
-    return tensor.numel() > 0 and tensor.stride(-1) == 1 and aligned
+    *strides, last = tensor.stride()
+    misaligned = tensor.data_ptr()
+    for stride in strides:
+        misaligned |= stride * tensor.element_size()
+    return last == 1 and misaligned % 16 == 0 and tensor.numel() > 0
 
 
 def row_descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -51,8 +52,7 @@ def programs(tile: Tile, work: int, device: torch.device) -> int:
     """Programs to launch for `work` tiles: one each, or a fixed number that loops over them."""
     if not tile.per_sm:
         return work
-    processors = 2 if device.type == "cpu" else _properties(device).multi_processor_count
-    return max(1, min(work, tile.per_sm * processors))
+    return max(1, min(work, tile.per_sm * _processors(device)))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

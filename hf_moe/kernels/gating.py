@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .routing import Routing
+from .tuning import cdiv, power_of_2
 
 
 class Gating(NamedTuple):
@@ -169,12 +170,12 @@ def gating_gradient(h_NH, da_NF, weight_TK, routing: Routing, gating: Gating, *,
     T, K = weight_TK.shape
     D = dout_TD.shape[1]
     dh_NH, dweight_TK = torch.empty_like(h_NH), torch.empty_like(weight_TK, memory_format=torch.contiguous_format)
-    block_f = min(max(triton.next_power_of_2(F), 16), 1024)
+    block_f = min(max(power_of_2(F), 16), 1024)
     # The widest power of two that wastes no lane on a ragged end: 768 is three blocks of 256.
     while block_f > 128 and F % block_f:
         block_f //= 2
     block_n = max(1, 2048 // block_f)
-    _gating_gradient_kernel[(triton.cdiv(N, block_n),)](
+    _gating_gradient_kernel[(cdiv(N, block_n),)](
         h_NH,
         da_NF,
         weight_TK.contiguous(),

@@ -10,7 +10,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor, store_ragged
 
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .routing import Routing
-from .tuning import Tile
+from .tuning import Tile, cdiv
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def grouped_linear(
     x_tma = per_token is None and can_describe(x)
     w_tma = can_describe(weight_EOI.transpose(1, 2) if in_first else weight_EOI)
     y_tma = tile.tma_store and can_describe(y_NO)
-    _grouped_linear_kernel[(programs(tile, routing.max_tiles * triton.cdiv(n_out, tile.n), x.device),)](
+    _grouped_linear_kernel[(programs(tile, routing.max_tiles * cdiv(n_out, tile.n), x.device),)](
         row_descriptor(x, tile.m, tile.k) if x_tma else x,
         weight_descriptor(weight_EOI, 1, tile.n, tile.k) if w_tma else weight_EOI,
         bias_EO,

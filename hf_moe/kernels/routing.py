@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .tuning import cdiv, power_of_2
+
 
 class Routing(NamedTuple):
     """The routes of a batch, sorted by expert, and the row tiles that grouped kernels walk through.
@@ -33,7 +35,7 @@ class Routing(NamedTuple):
 
 def max_tiles(n_routes: int, n_experts: int, tile_rows: int) -> int:
     """The most row tiles that any distribution of the routes can need; known without looking at the device."""
-    return min(triton.cdiv(n_routes, tile_rows) + n_experts, max(n_routes, 1))
+    return min(cdiv(n_routes, tile_rows) + n_experts, max(n_routes, 1))
 
 
 @triton.jit
@@ -126,8 +128,8 @@ def route(index_TK: torch.Tensor, n_experts: int, tile_rows: int) -> Routing:
     """
     N, device = index_TK.numel(), index_TK.device
     block, chunk, tile_block = 128, 1024, 32
-    bins = triton.next_power_of_2(n_experts + 1)
-    n_blocks, n_tiles = triton.cdiv(N, block), max_tiles(N, n_experts, tile_rows)
+    bins = power_of_2(n_experts + 1)
+    n_blocks, n_tiles = cdiv(N, block), max_tiles(N, n_experts, tile_rows)
     index_TK = index_TK.contiguous()
 
     scratch = torch.empty((n_experts + 1) * (n_blocks + 1), dtype=torch.int32, device=device)
@@ -138,7 +140,7 @@ def route(index_TK: torch.Tensor, n_experts: int, tile_rows: int) -> Routing:
     )
     _count_kernel[(n_blocks,)](index_TK, count, N, n_experts, n_blocks, block, bins)
     _scan_kernel[(n_experts + 1,)](count, total, n_blocks, chunk)
-    _place_kernel[(n_blocks + triton.cdiv(n_tiles, tile_block),)](
+    _place_kernel[(n_blocks + cdiv(n_tiles, tile_block),)](
         index_TK,
         count,
         total,

@@ -12,7 +12,7 @@ from .descriptors import can_describe, dot_precision, programs, row_descriptor, 
 from .gating import Gating, act_and_slope, gate_forward
 from .grouped_linear import dot_rows, tile_of
 from .routing import Routing
-from .tuning import Tile
+from .tuning import Tile, cdiv
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def up_projection(
         h_desc = create_ragged_descriptor(h_NH.view(N, groups, n_h // groups), [tile.m, 1, tile.n // 2])
     if store_tma and a_NF is not None:
         a_desc = create_ragged_descriptor(a_NF.view(N, 1, F), [tile.m, 1, tile.n // 2])
-    work = routing.max_tiles * triton.cdiv(n_h, tile.n)
+    work = routing.max_tiles * cdiv(n_h, tile.n)
     _up_projection_kernel[(programs(tile, work, x.device),)](
         row_descriptor(x, tile.m, tile.k) if x_tma else x,
         weight_descriptor(weight_EHD, groups, tile.n, tile.k) if w_tma else weight_EHD,

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .descriptors import can_describe, dot_precision, programs
 from .routing import Routing
-from .tuning import Tile
+from .tuning import Tile, cdiv, power_of_2
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def weight_gradient(
     left_tma = left_per_token is None and can_describe(left)
     right_tma = right_per_token is None and can_describe(right)
     store_tma = tile.tma_store and can_describe(dw_EOI)
-    work = E * triton.cdiv(n_out, tile.m) * triton.cdiv(n_in, tile.n)
+    work = E * cdiv(n_out, tile.m) * cdiv(n_in, tile.n)
     _weight_gradient_kernel[(programs(tile, work, left.device),)](
         create_ragged_descriptor(left, [tile.k, tile.m]) if left_tma else left,
         create_ragged_descriptor(right, [tile.k, tile.n]) if right_tma else right,
@@ -226,8 +226,8 @@ def bias_gradient(
     """
     E, C = routing.offset_E1.numel() - 1, y.shape[1]
     db_EC = y.new_empty((E, C))
-    block = min(triton.next_power_of_2(C), 128)
-    _bias_gradient_kernel[(E, triton.cdiv(C, block))](
+    block = min(power_of_2(C), 128)
+    _bias_gradient_kernel[(E, cdiv(C, block))](
         y,
         y if weight_TK is None else weight_TK.contiguous(),
         routing.row_N,
