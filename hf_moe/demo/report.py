@@ -1,0 +1,130 @@
+"""The report of the demonstration: a table, a loss curve and a heat map of expert load."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .progress import Progress
+
+
+def draw_loss(curve: list[list[float]], path: Path) -> None:
+    """Training loss over steps."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    axes.plot([step for step, _ in curve], [loss for _, loss in curve], color="tab:blue")
+    axes.set(xlabel="step", ylabel="loss on answers", ylim=(0, None), title="LoRA fine-tuning")
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_load(share: list[list[float]], path: Path) -> None:
+    """Share of tokens that each expert of each layer served."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(9, 2.6))
+    experts = len(share[0])
+    image = axes.imshow([list(column) for column in zip(*share, strict=True)], aspect="auto", vmin=0, cmap="viridis")
+    axes.set(xlabel="layer", ylabel="expert", yticks=range(experts), title=f"Expert load (even = {1 / experts:.2f})")
+    figure.colorbar(image, ax=axes, label="share of tokens")
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    figure.clear()
+
+
+def write_report(progress: Progress, output: Path) -> dict[str, Any]:
+    """Draw both pictures and write report.md from the results of the steps before."""
+    steps = {name: step["result"] for name, step in progress.state["steps"].items()}
+    logits, decode = steps["verify"]["logits"], steps["verify"]["decode"]
+    before, after = steps["before"], steps["after"]
+    tuned, spoken = steps["finetune"], steps["generate"]
+    draw_loss(tuned["loss"], output / "loss.png")
+    draw_load(after["expert_share"], output / "expert_load.png")
+
+    size = steps["upcycle"]
+    rows = [
+        ("Parameters", f"{size['parameters'] / 1e6:.0f} M, {size['active_parameters'] / 1e6:.0f} M active a token"),
+        ("Cache", f"{size['cache_numbers']} numbers a token and layer, as the dense model's"),
+        (f"max \\|Δlogit\\|, fp32, {logits['tokens']:,} tokens of text", f"{logits['max_abs_difference']:.1e}"),
+        ("Top-1 agreement", f"{logits['top1_agreement']:.2%}"),
+        (
+            f"{decode['greedy_tokens']} greedy tokens equal to the dense model's",
+            "yes" if decode["greedy_equal"] else "no",
+        ),
+        ("max \\|Δlogit\\|, cached against uncached decode", f"{decode['cached_max_abs_difference']:.1e}"),
+        (f"Exact match before fine-tuning, {before['problems']} held-out sums", f"{before['accuracy']:.1%}"),
+        (f"Exact match after {tuned['steps']} steps, {tuned['tokens']:,} tokens", f"{after['accuracy']:.1%}"),
+        ("Trainable parameters", f"{tuned['trainable_parameters'] / 1e6:.2f} M"),
+        ("Busiest expert over the mean, any layer", f"{after['max_over_mean_load']:.2f}"),
+    ]
+    timing = [f"| {name} | {step['seconds']:.0f} |" for name, step in progress.state["steps"].items()]
+    total = sum(step["seconds"] for step in progress.state["steps"].values())
+    text = [
+        "# SmolLM2-135M-Instruct as a mixture of experts",
+        "",
+        f"Made by `hf-moe demo` on {processor()} with {torch.get_num_threads()} threads, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers {_version('transformers')}, "
+        f"peft {_version('peft')}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+        "![Loss](loss.png)",
+        "",
+        "![Expert load by layer](expert_load.png)",
+        "",
+        "## What it says",
+        "",
+        f"> {spoken['prompt']}",
+        "",
+        spoken["reply"],
+        "",
+        "| question | answer | before | after |",
+        "|---|---|---|---|",
+        *(
+            f"| {old['question']} | {old['answer']} | {_cell(old['reply'])} | {_cell(new['reply'])} |"
+            for old, new in zip(before["examples"], after["examples"], strict=True)
+        ),
+        "",
+        "| step | seconds |",
+        "|---|---|",
+        *timing,
+        f"| all | {total:.0f} |",
+        "",
+    ]
+    (output / "report.md").write_text("\n".join(text), encoding="utf-8")
+    return {"seconds": total}
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
