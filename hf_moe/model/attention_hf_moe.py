@@ -4,6 +4,7 @@ Letters: B batch, S query length, L cached length, D hidden, H heads, G key grou
 N position-free width of a key head, V width of a value head.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -119,7 +120,7 @@ def softmax_scale(config: HfMoeConfig, layer_type: str) -> float:
     rope = rope_parameters_of(config, layer_type)
     mscale_all_dim = rope.get("mscale_all_dim") or 0.0
     if rope["rope_type"] != "default" and mscale_all_dim and rope["factor"] > 1:
-        mscale = 0.1 * mscale_all_dim * torch.tensor(rope["factor"], dtype=torch.float64).log().item() + 1.0
+        mscale = 0.1 * mscale_all_dim * math.log(rope["factor"]) + 1.0
         scale *= mscale * mscale
     return scale
 

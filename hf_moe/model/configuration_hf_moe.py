@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .translation_hf_moe import translate
+
 # What the Hub needs to find the classes in the files that `save_pretrained` copies beside the weights.
 AUTO_MAP = {
     "AutoConfig": "configuration_hf_moe.HfMoeConfig",
@@ -56,6 +58,8 @@ class HfMoeConfig(PreTrainedConfig):
         n_group, topk_group: number of expert groups, and how many of them a token may use.
         norm_topk_prob, routed_scaling_factor: weights are divided by their sum, then multiplied by the factor.
         router_aux_loss_coef, router_seq_aux_loss_coef, router_z_loss_coef: added to the training loss when above 0.
+        num_nextn_predict_layers: layers behind the last one in the checkpoint's files, for multi-token prediction
+            (DeepSeek-V3); they are no part of this model.
 
     Raises:
         ValueError: a combination that cannot be built, with the numbers that disagree.
@@ -134,6 +138,15 @@ class HfMoeConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.001
     router_seq_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
+    num_nextn_predict_layers: int = 0
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """The folder's config.json; that of a DeepSeek-V2, V3, Kimi-K2 or GLM-4-MoE-Lite folder is translated."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type", cls.model_type) != cls.model_type:
+            config = translate(config)
+        return config, kwargs
 
     def __post_init__(self, **kwargs: Any) -> None:
         first_k_dense_replace = kwargs.pop("first_k_dense_replace", 0)

@@ -190,6 +190,55 @@ class HfMoePreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if config.topk_method == "noaux_tc" and "sparse" in config.mlp_layer_types:
             self._keep_in_fp32_modules_strict = {"e_score_correction_bias"}
+        # Layers for multi-token prediction stand behind the last one in the checkpoint.
+        layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+        self._keys_to_ignore_on_load_unexpected = {rf"(^|\.)layers\.{layer}\." for layer in layers}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As Transformers' own, but a checkpoint that does not fit is an error and not a model with random weights.
+
+        A new head (`score`, `qa_outputs`) may be missing, and another's may be left over.
+
+        Raises:
+            RuntimeError: names of missing, unexpected or wrong-shaped tensors. Not with `output_loading_info`, which
+                hands them to the caller; wrong shapes not with `ignore_mismatched_sizes`.
+        """
+        model, found = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
+        wrong = [f"{name} {tuple(shape)}, not {tuple(own)}" for name, shape, own in found["mismatched_keys"]]
+        if wrong and not ignore_mismatched_sizes:
+            raise RuntimeError(f"{pretrained_model_name_or_path} has tensors of another shape: {_some_of(wrong)}")
+        if output_loading_info:
+            return model, found
+        if pretrained_model_name_or_path is not None:
+            wrong_shape = {name for name, _, _ in found["mismatched_keys"]}
+            for kind, names in (
+                ("lacks", found["missing_keys"] - wrong_shape),
+                ("has tensors that the configuration has no place for:", found["unexpected_keys"]),
+            ):
+                if names := [name for name in names if not name.startswith(("score.", "qa_outputs.", "lm_head."))]:
+                    raise RuntimeError(f"{pretrained_model_name_or_path} {kind} {_some_of(names)}")
+        return model
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        if loading_info.conversion_errors:
+            folder, names = load_config.pretrained_model_name_or_path, list(loading_info.conversion_errors)
+            raise RuntimeError(f"{folder} lacks experts, or has them in different shapes, for {_some_of(names)}")
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -216,6 +265,11 @@ class HfMoePreTrainedModel(PreTrainedModel):
         if requested_experts is None and "hf_moe_triton" in ALL_EXPERTS_FUNCTIONS:
             requested_experts = "hf_moe_triton"
         return super().get_correct_experts_implementation(requested_experts)
+
+
+def _some_of(names: list[str]) -> str:
+    """The first eight in order, and how many more."""
+    return ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 class HfMoeModel(HfMoePreTrainedModel):
