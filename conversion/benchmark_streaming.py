@@ -10,12 +10,13 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 128256,
@@ -30,7 +31,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-SPLIT = {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 3, "top_k": 3}
+SPLIT: dict[str, Any] = {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 3, "top_k": 3}
 
 
 def write_source(folder: Path, layers: int) -> None:
@@ -51,8 +52,7 @@ def write_source(folder: Path, layers: int) -> None:
         start = count * 7919 % 4096
         return block[start:].repeat(size // (len(block) - start) + 1)[:size].view(shape)
 
-    files: dict[str, dict[str, torch.Tensor]] = {}
-    index = {}
+    index: dict[str, str] = {}
     for number in range(layers + 1):
         file = f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
         if number < layers:
@@ -74,7 +74,6 @@ def write_source(folder: Path, layers: int) -> None:
                 tensors[name] = weight(LLAMA_8B["vocab_size"], hidden)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
-        files.clear()
     config = LLAMA_8B | {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
@@ -101,7 +100,9 @@ def in_process(function, *arguments) -> dict:
 def _measured(queue, function, arguments) -> None:
     begin = time.monotonic()
     value = function(*arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: a child begins with its parent's maximum there.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
     queue.put({"seconds": time.monotonic() - begin, "peak_memory_bytes": peak, "value": value})
 
 
@@ -142,11 +143,15 @@ if __name__ == "__main__":
     size = sum(path.stat().st_size for path in source.iterdir())
     result: dict = {"layers": arguments.layers, "source_bytes": size, "cpus": os.cpu_count()}
     result |= {"python": platform.python_version(), "plan_8_experts": in_process(plan, source), "choices": SPLIT}
-    for name, function in (("convert", convert), ("copy", copy)):
-        drop_from_memory(source)
-        result[name] = in_process(function, source, target)
-        result[name]["bytes_per_second"] = result[name]["value"] / result[name]["seconds"]
-        shutil.rmtree(target)
+    # In turn, and the better of two rounds of each: what comes second finds memory and disk warmed up by the first.
+    for _ in range(2):
+        for name, function in (("convert", convert), ("copy", copy)):
+            drop_from_memory(source)
+            measured = in_process(function, source, target)
+            measured["bytes_per_second"] = measured["value"] / measured["seconds"]
+            shutil.rmtree(target)
+            if name not in result or measured["bytes_per_second"] > result[name]["bytes_per_second"]:
+                result[name] = measured
     result["speed_against_copy"] = result["convert"]["bytes_per_second"] / result["copy"]["bytes_per_second"]
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
     arguments.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,8 @@ All look alike: a configuration, headers by the names that Transformers uses, an
 """
 
 import json
+import mmap
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -120,18 +122,21 @@ class FolderSource(Source):
             row = header.nbytes // shape[0] if shape[0] else 0
             shape[0] = stop - start
             begin, end = header.start + start * row, header.start + stop * row
-        buffer = bytearray(end - begin)
-        with header.file.open("rb", buffering=0) as file:
-            file.seek(begin)
-            view, done = memoryview(buffer), 0
-            while done < len(buffer):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise ValueError(f"{header.file.name} is truncated: {name} ends {len(buffer) - done} bytes early")
-                done += count
-        if not buffer:
+        if end == begin:
             return torch.empty(shape, dtype=torch_dtype(header.dtype))
-        return torch.frombuffer(buffer, dtype=torch_dtype(header.dtype)).view(shape)
+        # Mapped, not copied: fresh memory for every tensor would cost more than the reading. Private, since torch
+        # wants memory that it could write to.
+        aligned = begin - begin % mmap.ALLOCATIONGRANULARITY
+        with header.file.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < end:
+                raise ValueError(f"{header.file.name} was truncated while it was read: {name} ends at {end}")
+            mapped = mmap.mmap(file.fileno(), end - aligned, access=mmap.ACCESS_COPY, offset=aligned)
+        mapped.madvise(mmap.MADV_SEQUENTIAL)
+        dtype = torch_dtype(header.dtype)
+        offset = begin - aligned
+        if offset % dtype.itemsize:
+            return torch.frombuffer(bytearray(mapped[offset:]), dtype=dtype).view(shape)
+        return torch.frombuffer(mapped, dtype=dtype, offset=offset).view(shape)
 
     def load_arguments(self) -> dict[str, Any]:
         """The folder."""

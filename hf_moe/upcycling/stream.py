@@ -6,6 +6,7 @@ Each shard's header is known from the plan, so a file is written once, from fron
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,7 +40,7 @@ def produce(source: Source, tensors: Iterator[TargetTensor]) -> Iterator[Produce
 
     Raises:
         ValueError: NaN or infinity in the source, or a number too large for the target's type.
-    Cost: memory of one layer of the source and one tensor of the target; every source tensor is read once a layer.
+    Cost: memory of one layer of the source and two tensors of the target; every source tensor is read once a layer.
     """
     layer: int | None = None
     held: dict[Part, tuple[torch.Tensor, str]] = {}
@@ -56,6 +57,15 @@ def produce(source: Source, tensors: Iterator[TargetTensor]) -> Iterator[Produce
         same = tensor.rule == "copy" and result is inputs[0][0]
         sha256 = inputs[0][1] if same else hashlib.sha256(data).hexdigest()
         yield Produced(tensor, data, sha256, tuple(digest for _, digest in inputs))
+
+
+def ahead(stream: Iterator[Produced]) -> Iterator[Produced]:
+    """Compute the next tensor in a thread while the present one is written; reading, hashing and writing overlap."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, stream, None)
+        while (produced := future.result()) is not None:
+            future = pool.submit(next, stream, None)
+            yield produced
 
 
 def apply_rule(tensor: TargetTensor, inputs: list[torch.Tensor]) -> torch.Tensor:
@@ -112,7 +122,7 @@ def write_weights(plan: Plan, source: Source, folder: Path, journal: Journal, ad
     """
     done = _finished(plan, folder, journal, advance)
     journal.rewrite(journal.entries[:done])
-    stream = produce(source, islice(plan.tensors(), done, None))
+    stream = ahead(produce(source, islice(plan.tensors(), done, None)))
     for shard in plan.shards:
         finished = min(done, len(shard.tensors))
         done -= finished

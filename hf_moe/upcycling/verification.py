@@ -23,7 +23,7 @@ from .options import EXACT_MODES, Options
 from .plan import Plan, make_plan
 from .progress import byte_bar, step_bar
 from .sources import Source, open_source
-from .stream import hash_bytes, produce
+from .stream import ahead, hash_bytes, produce
 
 CERTIFICATE_NAME = "certificate.json"
 _CHUNK = 256
@@ -132,7 +132,7 @@ def _check_bytes(source: Source, folder: Path, progress: bool) -> list[str]:
 
 def _differing(plan: Plan, source: Source, folder: Path, record: dict[str, Any], advance: Any) -> Iterator[str]:
     recorded = {tensor["name"]: tensor["sha256"] for tensor in record["tensors"]}
-    stream = produce(source, plan.tensors())
+    stream = ahead(produce(source, plan.tensors()))
     for shard in plan.shards:
         if not (folder / shard.file).is_file():
             yield f"{shard.file} is missing"
