@@ -93,6 +93,8 @@ def gating_of(module: nn.Module) -> "Gating | None":
 def _reason_to_fall_back(module: nn.Module, hidden_states: torch.Tensor) -> str | None:
     if hidden_states.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return f"its tensors are on {hidden_states.device.type!r}, and Triton needs a GPU"
+    if hidden_states.device.type != "cuda" and module.down_proj.dtype == torch.bfloat16:
+        return "Triton's interpreter cannot multiply bfloat16"
     if module.has_post_expert_norm:
         return "it normalises each expert's output (has_post_expert_norm)"
     if module.down_proj.dtype not in (torch.float32, torch.bfloat16, torch.float16):

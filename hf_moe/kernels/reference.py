@@ -1,0 +1,124 @@
+"""The slow truth of every op, one expert or one row at a time, in the dtype of its inputs.
+
+Letters: T tokens, K experts a token, N = T·K routed rows, D hidden, F expert width, H = 2F (gated) or F, E experts.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .gating import Gating
+
+
+def route(index_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, position and offset as in `routing.Routing`, by a stable sort."""
+    expert_N = index_TK.reshape(-1).long()
+    expert_N = torch.where((expert_N < 0) | (expert_N > n_experts), n_experts, expert_N)
+    row_N = expert_N.argsort(stable=True)
+    position_N = torch.empty_like(row_N)
+    position_N[row_N] = torch.arange(len(row_N), device=row_N.device)
+    position_N[expert_N == n_experts] = -1
+    offset_E1 = torch.tensor([int((expert_N < e).sum()) for e in range(n_experts + 1)], device=row_N.device)
+    return row_N, position_N, offset_E1
+
+
+def activation(z: Tensor, gating: Gating) -> Tensor:
+    if gating.act == "swish":
+        return z * torch.sigmoid(gating.alpha * z)
+    if gating.act in ("gelu", "gelu_tanh"):
+        return functional.gelu(z, approximate="tanh" if gating.act == "gelu_tanh" else "none")
+    return functional.relu(z) if gating.act == "relu" else functional.relu(z).square()
+
+
+def gate(h_NH: Tensor, gating: Gating) -> Tensor:
+    """The second projection's input, from the first one's output."""
+    if not gating.gated:
+        return activation(h_NH, gating)
+    gate_NF, up_NF = (h_NH[:, ::2], h_NH[:, 1::2]) if gating.interleaved else h_NH.chunk(2, -1)
+    if gating.limit is not None:
+        gate_NF, up_NF = gate_NF.clamp(max=gating.limit), up_NF.clamp(-gating.limit, gating.limit)
+    return activation(gate_NF, gating) * (up_NF + gating.up_offset)
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, offset_E1: Tensor, bias_EO: Tensor | None = None) -> Tensor:
+    """y[n] = weight[e] @ x[n] + bias[e]; zero for rows of no expert."""
+    y_NO = x_NI.new_zeros((len(x_NI), weight_EOI.shape[1]))
+    for e, (first, last) in enumerate(zip(offset_E1[:-1].tolist(), offset_E1[1:].tolist(), strict=True)):
+        y_NO[first:last] = x_NI[first:last] @ weight_EOI[e].T
+        if bias_EO is not None:
+            y_NO[first:last] += bias_EO[e]
+    return y_NO
+
+
+def up_projection(
+    x_ND: Tensor, weight_EHD: Tensor, offset_E1: Tensor, gating: Gating, bias_EH: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h = grouped_linear(x) and a = gate(h)."""
+    h_NH = grouped_linear(x_ND, weight_EHD, offset_E1, bias_EH)
+    return h_NH, gate(h_NH, gating)
+
+
+def gating_gradient(
+    h_NH: Tensor, da_NF: Tensor, weight_N: Tensor, gating: Gating, y_bias_N: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, the weighted a, and the gradient of the rows' weights, through autograd. y_bias_N: ⟨dout, bias⟩ a row."""
+    h_NH = h_NH.detach().requires_grad_()
+    with torch.enable_grad():
+        a_NF = gate(h_NH, gating)
+        (dh_NH,) = torch.autograd.grad(a_NF, h_NH, da_NF * weight_N[:, None])
+    a_NF = a_NF.detach()
+    dweight_N = (da_NF * a_NF).sum(-1)
+    return dh_NH, a_NF * weight_N[:, None], dweight_N if y_bias_N is None else dweight_N + y_bias_N
+
+
+def combine(y_ND: Tensor, weight_TK: Tensor | None, position_N: Tensor, K: int) -> Tensor:
+    """out[t] = Σ_k weight[t, k] · y[position[t, k]] over routes that have an expert."""
+    out_TD = y_ND.new_zeros((len(position_N) // K, y_ND.shape[1]))
+    for n, position in enumerate(position_N.tolist()):
+        if position >= 0:
+            out_TD[n // K] += y_ND[position] * (1 if weight_TK is None else weight_TK[n // K, n % K])
+    return out_TD
+
+
+def spread(x_TD: Tensor, row_N: Tensor, K: int) -> Tensor:
+    """y[n] = x[row[n] // K]."""
+    return x_TD[row_N // K]
+
+
+def weight_gradient(left_NO: Tensor, right_NI: Tensor, offset_E1: Tensor) -> Tensor:
+    """dw[e] = Σ left[n] ⊗ right[n] over the expert's rows."""
+    pairs = zip(offset_E1[:-1].tolist(), offset_E1[1:].tolist(), strict=True)
+    return torch.stack([left_NO[first:last].T @ right_NI[first:last] for first, last in pairs])
+
+
+def bias_gradient(y_NC: Tensor, offset_E1: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    """db[e] = Σ weight[n] · y[n] over the expert's rows."""
+    if weight_N is not None:
+        y_NC = y_NC * weight_N[:, None]
+    pairs = zip(offset_E1[:-1].tolist(), offset_E1[1:].tolist(), strict=True)
+    return torch.stack([y_NC[first:last].sum(0) for first, last in pairs])
+
+
+def experts(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+    *,
+    gating: Gating,
+) -> Tensor:
+    """The layer, one expert at a time; autograd gives its gradients."""
+    out_TD = torch.zeros_like(x_TD)
+    for e in range(up_EHD.shape[0]):
+        token, choice = (index_TK == e).nonzero(as_tuple=True)
+        h = x_TD[token] @ up_EHD[e].T
+        if up_bias_EH is not None:
+            h = h + up_bias_EH[e]
+        y = gate(h, gating) @ down_EDF[e].T
+        if down_bias_ED is not None:
+            y = y + down_bias_ED[e]
+        out_TD = out_TD.index_add(0, token, (y * weight_TK[token, choice, None]).to(x_TD.dtype))
+    return out_TD

@@ -1,0 +1,91 @@
+"""What only a GPU can show: the tiles of real layers, streams, graphs and the compiler."""
+
+import pytest
+import torch
+from cases import HALF, Shape, assert_as_good, index, normal, poison
+from test_layer import GPT_OSS, check, inputs, run
+
+from hf_moe.kernels.gating import Gating
+from hf_moe.kernels.layer import experts
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: these tests are about its own tiles and graphs")
+
+# Rows an expert: 12, 64, 500 and 2,000, so that every bucket of the tile tables is walked, with many tiles a program.
+SIZES = {
+    "12 rows an expert": Shape(96, 256, 128, 16, 2),
+    "64 rows": Shape(512, 512, 256, 16, 2),
+    "500 rows": Shape(4000, 512, 768, 16, 2),
+    "2000 rows, ragged widths": Shape(8000, 264, 520, 8, 2),
+    "500 rows, one expert": Shape(1000, 512, 768, 2, 1, "one"),
+    "500 rows, sentinels": Shape(4000, 512, 768, 16, 2, "sentinels"),
+}
+
+
+@pytest.mark.parametrize("shape", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_tiles_of_real_layers(shape, swapped):
+    check(shape, HALF, swapped=swapped)
+
+
+@pytest.mark.parametrize("gating", [GPT_OSS, Gating("relu2", gated=False), Gating("gelu_tanh")])
+def test_gates_on_real_tiles(gating):
+    check(SIZES["500 rows"], HALF, gating, biased=True, recompute=True)
+
+
+def test_no_synchronisation_and_cuda_graph():
+    shape = SIZES["500 rows"]
+    tensors, index_TK = inputs(shape, HALF), index(shape)
+    dout = normal(shape.T, shape.D, dtype=HALF, seed=7)
+    eager = run(experts, tensors, index_TK, dout)
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+
+    def step():
+        out = experts(leaves["x"], index_TK, leaves["weight"], leaves["up"], leaves["down"])
+        return out, *torch.autograd.grad(out, list(leaves.values()), dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    other = normal(shape.T, shape.D, dtype=HALF, seed=11)
+    with torch.no_grad():
+        leaves["x"].copy_(other)
+    graph.replay()
+    leaves["x"].data.copy_(tensors["x"])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(c, e) for c, e in zip(captured, eager.values(), strict=True))
+
+
+def test_torch_compile():
+    shape = SIZES["500 rows"]
+    tensors, index_TK = inputs(shape, HALF), index(shape)
+    dout = normal(shape.T, shape.D, dtype=HALF, seed=7)
+    eager = run(experts, tensors, index_TK, dout)
+    compiled = run(torch.compile(experts, fullgraph=True), tensors, index_TK, dout)
+    assert all(torch.equal(compiled[name], eager[name]) for name in eager)
+
+
+def test_tf32_only_when_allowed():
+    shape = Shape(200, 512, 128, 4, 2)
+    check(shape, torch.float32)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        tensors, index_TK = inputs(shape, torch.float32), index(shape)
+        dout = normal(shape.T, shape.D, seed=7)
+        loose = run(experts, tensors, index_TK, dout)["out"]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    poison()
+    exact = run(experts, tensors, index_TK, dout)["out"]
+    assert 1e-5 < ((loose - exact).norm() / exact.norm()).item() < 3e-3
+    assert_as_good(exact, exact, exact)
