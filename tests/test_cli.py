@@ -31,7 +31,7 @@ def source(tmp_path):
 def test_help_names_every_command():
     status, output, _ = call("--help")
     assert status == 0
-    for command in ("plan", "upcycle", "verify", "push", "demo"):
+    for command in ("plan", "export", "import", "upcycle", "verify", "push", "demo"):
         assert command in output
         assert call(command, "--help")[0] == 0
 
@@ -66,6 +66,17 @@ def test_plan(source, tmp_path):
     planned = json.loads(output)["target"]
     call("upcycle", source, tmp_path / "moe", "--experts", 4, "-q")
     assert planned["bytes"] == sum(file.stat().st_size for file in (tmp_path / "moe").glob("*.safetensors"))
+
+
+def test_export_and_import(source, tmp_path):
+    call("upcycle", source, tmp_path / "moe", "--experts", 2, "-q")
+    assert call("export", tmp_path / "moe", tmp_path / "mixtral", "--to", "mixtral", "-q")[0] == 0
+    assert call("import", tmp_path / "mixtral", tmp_path / "back", "-q")[0] == 0
+    status, _, error = call("export", tmp_path / "moe", tmp_path / "out", "--to", "qwen3_moe", "-q")
+    assert status == 1
+    assert "always has, and this model has not: norms a query and key head" in error
+    status, output, _ = call("export", "--help")
+    assert "grouped-query attention: mixtral needed, qwen3_moe needed" in " ".join(output.split())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .convert import upcycle
+    from .exchange import export, import_mixture
     from .options import Options
     from .plan import Plan, make_plan
     from .publish import push
@@ -19,6 +20,8 @@ _HOMES = {
     "Options": "options",
     "Plan": "plan",
     "VerificationError": "verification",
+    "export": "exchange",
+    "import_mixture": "exchange",
     "make_plan": "plan",
     "open_source": "sources",
     "push": "publish",
@@ -36,4 +39,15 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
-__all__ = ["Options", "Plan", "VerificationError", "make_plan", "open_source", "push", "upcycle", "verify"]
+__all__ = [
+    "Options",
+    "Plan",
+    "VerificationError",
+    "export",
+    "import_mixture",
+    "make_plan",
+    "open_source",
+    "push",
+    "upcycle",
+    "verify",
+]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,22 @@ def convert(source: Source, target: Path, options: Options, progress: bool) -> P
     # Refuses, before anything is written, what the model could not be built from.
     config = HfMoeConfig(**plan.config)
     digest = plan.digest(source.fingerprint(), config.to_dict())
+
+    def finish(partial: Path, journal: Journal) -> None:
+        write_rest(plan, source, config, partial, journal)
+
+    return build(plan, source, target, digest, finish, progress)
+
+
+def build(
+    plan: Plan,
+    source: Source,
+    target: Path,
+    digest: str,
+    finish: Callable[[Path, Journal], None],
+    progress: bool,
+) -> Path:
+    """Write the plan's weights and what `finish` adds into the hidden folder, then let the target appear."""
     partial = partial_folder(target)
     _check_space(target.parent, plan, partial)
     partial.mkdir(exist_ok=True)
@@ -86,7 +103,7 @@ def convert(source: Source, target: Path, options: Options, progress: bool) -> P
         with byte_bar("writing weights", plan.nbytes, progress) as advance:
             advance(sum(len(shard.header) for shard in plan.shards))
             write_weights(plan, source, partial, journal, advance)
-        write_rest(plan, source, config, partial, journal)
+        finish(partial, journal)
         (partial / JOURNAL_NAME).unlink()
         _sync_folder(partial)
         os.rename(partial, target)
@@ -131,17 +148,22 @@ def _sync_folder(folder: Path) -> None:
 
 def write_rest(plan: Plan, source: Source, config: Any, folder: Path, journal: Journal) -> None:
     """Everything beside the weights: index, configuration, modelling files, tokenizer, card, provenance."""
-    from .. import model
-
     _write_json(folder / INDEX_NAME, plan.index())
     config.save_pretrained(folder)
-    for path in sorted(Path(str(model.__file__)).parent.glob("*_hf_moe.py")):
-        shutil.copyfile(path, folder / path.name)
+    copy_model_files(folder)
     copy_tokenizer(source, folder)
     if not (folder / "generation_config.json").is_file():
         _write_generation_config(plan, folder)
     write_card(plan, source, folder)
     _write_json(folder / PROVENANCE_NAME, provenance(plan, source, folder, journal))
+
+
+def copy_model_files(folder: Path) -> None:
+    """The sealed modelling files, so that the folder loads where this package is not installed."""
+    from .. import model
+
+    for path in sorted(Path(str(model.__file__)).parent.glob("*_hf_moe.py")):
+        shutil.copyfile(path, folder / path.name)
 
 
 def copy_tokenizer(source: Source, folder: Path) -> None:

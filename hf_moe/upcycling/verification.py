@@ -62,7 +62,8 @@ def verify(
 
     Bytes: every tensor is computed again from the source and must equal the file; every other file must have the hash
     that was recorded. Numbers, in fp32: logits of `tokens` tokens, `new_tokens` greedy tokens, and decoding with a
-    cache against one pass without. Of a mode that is not exact only the last one can fail; the rest is measured.
+    cache against one pass without. Of a mode that is not exact only the last one can fail, with 100 times the tolerance;
+    the rest is measured.
 
     Args:
         text: what the models read; by default the Python language reference that comes with the interpreter. Without
@@ -183,11 +184,12 @@ def _compare(
 
 def _judge(measured: dict[str, Any], tolerance: float, exact: bool) -> list[str]:
     logits, decode, failures = measured["logits"], measured["decode"], []
+    # Rounding that tips a router's choice between experts that differ is no fault of the cache.
+    limit = tolerance if exact else 100 * tolerance
     # Written so that NaN fails.
-    if not decode["cached_max_abs_difference"] <= tolerance:
+    if not decode["cached_max_abs_difference"] <= limit:
         failures.append(
-            f"cached and uncached decoding differ by {decode['cached_max_abs_difference']:.3g}, "
-            f"tolerance {tolerance:.3g}"
+            f"cached and uncached decoding differ by {decode['cached_max_abs_difference']:.3g}, tolerance {limit:.3g}"
         )
     if not exact:
         return failures

@@ -1,0 +1,226 @@
+"""Which of Transformers' own mixtures can hold a model, and what the engines that serve them would misread.
+
+A model uses features; a format holds some of them, and an engine reads fewer. An export is refused with the feature's
+name and the reason, never written so that someone computes other numbers from it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Fields = Mapping[str, Any]
+
+
+def _nested_rope(c: Fields) -> bool:
+    return any(isinstance(value, dict) for value in (c.get("rope_parameters") or {}).values())
+
+
+def _rope_types(c: Fields) -> set[str]:
+    rope = c.get("rope_parameters") or {}
+    return {each.get("rope_type", "default") for each in ([*rope.values()] if _nested_rope(c) else [rope])}
+
+
+def _dense_first(c: Fields) -> bool:
+    kinds = c["mlp_layer_types"]
+    return kinds == sorted(kinds)
+
+
+# Feature → whether a configuration of the target (HfMoeConfig as a dictionary) uses it.
+FEATURES: dict[str, Callable[[Fields], bool]] = {
+    "grouped-query attention": lambda c: not c["kv_a_layernorm"],
+    "latent attention": lambda c: c["kv_a_layernorm"],
+    "several rotary keys beside a normed latent": lambda c: c["kv_a_layernorm"] and c["num_key_value_heads"] > 1,
+    "position-free keys in a latent without norm": lambda c: not c["kv_a_layernorm"] and c["qk_nope_head_dim"] > 0,
+    "query or key bias": lambda c: c["q_bias"] or c["kv_bias"],
+    "output bias": lambda c: c["o_bias"],
+    "norms a query and key head": lambda c: c["qk_norm"] == "head",
+    "norms over all query and key heads": lambda c: c["qk_norm"] == "projection",
+    "sliding window": lambda c: "sliding_attention" in c["layer_types"],
+    "sliding and full layers mixed": lambda c: len(set(c["layer_types"])) > 1,
+    "a rope for each layer type": _nested_rope,
+    "rope on neighbouring pairs": lambda c: c["rope_interleave"],
+    "rope on halves, in latent attention": lambda c: c["kv_a_layernorm"] and not c["rope_interleave"],
+    "rope scaling other than yarn": lambda c: bool(_rope_types(c) - {"default", "yarn"}),
+    "explicit softmax scale": lambda c: c["softmax_scale"] is not None,
+    "score soft-cap": lambda c: c["attn_logit_softcapping"] is not None,
+    "logit soft-cap": lambda c: c["final_logit_softcapping"] is not None,
+    "attention sinks": lambda c: c["attention_sinks"],
+    "norms behind the branches": lambda c: c["norm_placement"] != "pre",
+    "embedding multiplier": lambda c: c["embedding_multiplier"] != 1,
+    "logits scaling": lambda c: c["logits_scaling"] != 1,
+    "latent norm epsilon other than 1e-6": lambda c: c["kv_a_layernorm"] and c["latent_norm_eps"] != 1e-6,
+    "query bottleneck without norm": lambda c: bool(c["q_lora_rank"]) and not c["q_a_layernorm"],
+    "dense layers": lambda c: "dense" in c["mlp_layer_types"],
+    "dense layers behind sparse ones": lambda c: not _dense_first(c),
+    "shared experts": lambda c: bool(c["n_shared_experts"] or c["shared_expert_intermediate_size"]),
+    "shared experts of a width of their own": lambda c: bool(c["shared_expert_intermediate_size"]),
+    "gated shared experts": lambda c: c["shared_expert_gate"],
+    "softmax router": lambda c: c["scoring_func"] == "softmax",
+    "sigmoid router": lambda c: c["scoring_func"] == "sigmoid",
+    "selection bias": lambda c: c["topk_method"] == "noaux_tc",
+    "expert groups ranked by their best expert": lambda c: c["topk_method"] == "group_limited_greedy",
+    "weights that are not normalised": lambda c: not c["norm_topk_prob"],
+    "routed scaling factor": lambda c: c["routed_scaling_factor"] != 1,
+}
+
+
+def _common(c: Fields) -> dict[str, Any]:
+    names = "vocab_size hidden_size num_hidden_layers num_attention_heads hidden_act max_position_embeddings"
+    names += " initializer_range rms_norm_eps tie_word_embeddings pad_token_id bos_token_id eos_token_id"
+    names += " rope_parameters num_experts_per_tok router_aux_loss_coef dtype"
+    return {name: c[name] for name in names.split() if name in c}
+
+
+def _mixtral(c: Fields) -> dict[str, Any]:
+    return _common(c) | {
+        "num_key_value_heads": c["num_key_value_heads"],
+        "head_dim": c["v_head_dim"],
+        "intermediate_size": c["moe_intermediate_size"],
+        "num_local_experts": c["n_routed_experts"],
+        "sliding_window": c["sliding_window"],
+    }
+
+
+def _qwen3_moe(c: Fields) -> dict[str, Any]:
+    return _common(c) | {
+        "num_key_value_heads": c["num_key_value_heads"],
+        "head_dim": c["v_head_dim"],
+        "intermediate_size": c["intermediate_size"],
+        "moe_intermediate_size": c["moe_intermediate_size"],
+        "num_experts": c["n_routed_experts"],
+        "norm_topk_prob": c["norm_topk_prob"],
+        "mlp_only_layers": [i for i, kind in enumerate(c["mlp_layer_types"]) if kind == "dense"],
+    }
+
+
+def _deepseek_v3(c: Fields) -> dict[str, Any]:
+    names = "intermediate_size moe_intermediate_size n_shared_experts n_routed_experts routed_scaling_factor"
+    names += " kv_lora_rank q_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim n_group topk_group norm_topk_prob"
+    names += " rope_interleave"
+    fields = _common(c) | {name: c[name] for name in names.split()}
+    fields.pop("router_aux_loss_coef", None)
+    return fields | {
+        "num_key_value_heads": c["num_attention_heads"],
+        "first_k_dense_replace": c["mlp_layer_types"].count("dense"),
+        # Transformers writes none of these; vLLM and SGLang read them, with other defaults.
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 0,
+    }
+
+
+@dataclass(frozen=True)
+class Format:
+    """A class of Transformers as a place for our weights.
+
+    Attributes:
+        architecture: its name in config.json.
+        holds: features that it computes as we do. needs: those that it cannot do without.
+        fields: our configuration → its own.
+        block: its name of the mixture; experts: our projection → its own.
+        misread: engine → feature → why that engine would compute something else.
+    """
+
+    model_type: str
+    architecture: str
+    holds: frozenset[str]
+    needs: frozenset[str]
+    fields: Callable[[Fields], dict[str, Any]]
+    block: str = "mlp"
+    experts: Mapping[str, str] = field(
+        default_factory=lambda: {name: name for name in ("gate_proj", "up_proj", "down_proj")}
+    )
+    misread: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def obstacle(self, config: Fields, engine: str) -> str | None:
+        """Why this configuration cannot go there; None when it can."""
+        used = {name for name, uses in FEATURES.items() if uses(config)}
+        if lost := sorted(used - self.holds):
+            return f"{self.architecture} has no place for: {', '.join(lost)}"
+        if missing := sorted(self.needs - used):
+            return f"{self.architecture} always has, and this model has not: {', '.join(missing)}"
+        for name, reason in self.misread.get(engine, {}).items():
+            if name in used:
+                return f"{engine} would misread {name} in {self.architecture}: {reason}"
+        return None
+
+
+ENGINES = ("transformers", "vllm", "sglang")
+_DEEPSEEK_SERVERS = {
+    "rope on halves, in latent attention": "it always rotates neighbouring pairs",
+    "rope scaling other than yarn": "it reads every scaled rope as yarn",
+}
+FORMATS = {
+    row.model_type: row
+    for row in (
+        Format(
+            "mixtral",
+            "MixtralForCausalLM",
+            holds=frozenset(
+                {"grouped-query attention", "sliding window", "softmax router", "rope scaling other than yarn"}
+            ),
+            needs=frozenset({"grouped-query attention", "softmax router"}),
+            fields=_mixtral,
+            block="block_sparse_moe",
+            experts={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+        ),
+        Format(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            holds=frozenset(
+                {
+                    "grouped-query attention",
+                    "norms a query and key head",
+                    "rope scaling other than yarn",
+                    "dense layers",
+                    "dense layers behind sparse ones",
+                    "softmax router",
+                    "weights that are not normalised",
+                }
+            ),
+            needs=frozenset({"grouped-query attention", "norms a query and key head", "softmax router"}),
+            fields=_qwen3_moe,
+        ),
+        Format(
+            "deepseek_v3",
+            "DeepseekV3ForCausalLM",
+            holds=frozenset(
+                {
+                    "latent attention",
+                    "rope on neighbouring pairs",
+                    "rope on halves, in latent attention",
+                    "rope scaling other than yarn",
+                    "dense layers",
+                    "shared experts",
+                    "sigmoid router",
+                    "selection bias",
+                    "weights that are not normalised",
+                    "routed scaling factor",
+                }
+            ),
+            needs=frozenset({"latent attention", "shared experts", "sigmoid router", "selection bias"}),
+            fields=_deepseek_v3,
+            misread={"vllm": _DEEPSEEK_SERVERS, "sglang": _DEEPSEEK_SERVERS},
+        ),
+    )
+}
+
+
+def format_of(name: str) -> Format:
+    """The row of that name.
+
+    Raises:
+        ValueError: unknown; the known ones are listed.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; known are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def matrix() -> list[list[str]]:
+    """The table of features by format: needed, held or refused; for help and README."""
+    rows = [["feature", *FORMATS]]
+    for feature in FEATURES:
+        cells = ["needed" if feature in f.needs else "yes" if feature in f.holds else "-" for f in FORMATS.values()]
+        rows.append([feature, *cells])
+    return rows

@@ -1,0 +1,131 @@
+"""To Transformers' own mixtures and back: equal logits there, equal bytes here."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from dense import random_ids, save_dense
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_moe.upcycling import export, import_mixture, upcycle
+from hf_moe.upcycling.formats import FEATURES, FORMATS, format_of, matrix
+
+
+def state(folder):
+    """All tensors of a folder by name."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def make(tmp_path, name):
+    """A folder of ours that fits the format, routers and norms included."""
+    if name == "deepseek_v3":
+        # A DeepSeek model rotates one key and norms its latent: nothing that a dense source has.
+        tiny_model("deepseek_v3", latent_norm_eps=1e-6).save_pretrained(tmp_path / "moe")
+        return tmp_path / "moe"
+    dense, choices = {"mixtral": ("mistral", {}), "qwen3_moe": ("qwen3", {"dense_layers": (1,)})}[name]
+    source = save_dense(tmp_path / "dense", dense, tokenizer=True)
+    return upcycle(source, tmp_path / "moe", mode="drop", experts=4, progress=False, **choices)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@torch.no_grad()
+def test_there_and_back(tmp_path, name):
+    folder = make(tmp_path, name)
+    out = export(folder, tmp_path / "theirs", name, progress=False)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    assert type(theirs).__name__ == format_of(name).architecture
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = random_ids() % ours.config.vocab_size
+    assert (theirs(ids).logits - ours(ids).logits).abs().max() <= 1e-5
+    assert not list(out.glob("*_hf_moe.py"))
+
+    back = import_mixture(out, tmp_path / "back", progress=False)
+    first, again = state(folder), state(back)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    again = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32).eval()
+    assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+def test_fields_that_servers_read(tmp_path):
+    out = export(make(tmp_path, "deepseek_v3"), tmp_path / "theirs", "deepseek_v3", engine="vllm", progress=False)
+    config = json.loads((out / "config.json").read_text())
+    assert config["scoring_func"] == "sigmoid"
+    assert config["topk_method"] == "noaux_tc"
+    assert config["num_nextn_predict_layers"] == 0
+    assert config["rope_parameters"]["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("dense", "choices", "to", "message"),
+    [
+        ("llama_biases", {}, "mixtral", "MixtralForCausalLM has no place for: output bias, query or key bias"),
+        ("qwen3", {}, "mixtral", "no place for: norms a query and key head"),
+        ("llama3", {}, "qwen3_moe", "always has, and this model has not: norms a query and key head"),
+        ("llama3", {}, "deepseek_v3", "no place for: grouped-query attention, softmax router"),
+        ("gemma3", {}, "mixtral", "a rope for each layer type, embedding multiplier"),
+        ("phi3_partial", {}, "mixtral", "position-free keys"),
+        ("llama3", {"dense_layers": (0,)}, "mixtral", "no place for: dense layers"),
+        (
+            "llama3",
+            {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 6, "top_k": 3},
+            "mixtral",
+            "no place for: routed scaling factor, shared experts",
+        ),
+        ("llama3", {}, "olmoe", "unknown format 'olmoe'; known are mixtral, qwen3_moe, deepseek_v3"),
+    ],
+)
+def test_what_would_be_misread_is_refused(tmp_path, dense, choices, to, message):
+    folder = upcycle(save_dense(tmp_path / "dense", dense), tmp_path / "moe", progress=False, **choices)
+    with pytest.raises(ValueError, match=message):
+        export(folder, tmp_path / "theirs", to, progress=False)
+    assert not list(tmp_path.glob("*theirs*"))
+
+
+def test_what_a_server_would_misread_is_refused(tmp_path):
+    tiny_model("deepseek_v3", latent_norm_eps=1e-6, rope_interleave=False).save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=r"vllm would misread rope on halves, .* it always rotates neighbouring pairs"):
+        export(tmp_path / "moe", tmp_path / "theirs", "deepseek_v3", engine="vllm", progress=False)
+    assert export(tmp_path / "moe", tmp_path / "theirs", "deepseek_v3", progress=False).is_dir()
+
+
+def test_trained_selection_is_refused(tmp_path):
+    folder = upcycle(save_dense(tmp_path / "dense"), tmp_path / "moe", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.kv_b_proj.weight.add_(0.01)
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.kv_b_proj\.weight is no longer the selection"):
+        export(tmp_path / "trained", tmp_path / "theirs", "mixtral", progress=False)
+
+
+def test_fine_tuned_model_is_exported(tmp_path):
+    """What `save_pretrained` writes after training goes out as well as what `upcycle` wrote."""
+    folder = upcycle(save_dense(tmp_path / "dense"), tmp_path / "moe", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.mul_(1.1)
+        model.model.layers[0].mlp.gate.weight.mul_(3)
+    model.save_pretrained(tmp_path / "trained")
+    out = export(tmp_path / "trained", tmp_path / "theirs", "mixtral", progress=False)
+    ids = random_ids()
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+        assert (theirs - model(ids).logits).abs().max() <= 1e-5
+
+
+def test_foreign_folders(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    with pytest.raises(ValueError, match="holds a 'llama' model; known are hf_moe, mixtral"):
+        import_mixture(source, tmp_path / "moe", progress=False)
+    with pytest.raises(ValueError, match=r"unknown engine 'llama\.cpp'"):
+        export(source, tmp_path / "moe", "mixtral", engine="llama.cpp")
+
+
+def test_matrix_names_every_feature():
+    rows = matrix()
+    assert rows[0] == ["feature", "mixtral", "qwen3_moe", "deepseek_v3"]
+    assert [row[0] for row in rows[1:]] == list(FEATURES)
+    assert {cell for row in rows[1:] for cell in row[1:]} == {"needed", "yes", "-"}
