@@ -253,6 +253,7 @@ class HfMoeAttention(nn.Module):
                 dropout=dropout,
                 scaling=self.scaling,
                 sliding_window=self.sliding_window,
+                **self.score_options(),
                 **kwargs,
             )
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
@@ -369,10 +370,30 @@ class HfMoeAttention(nn.Module):
         out = (weights.reshape(batch_size, 1, -1, key_length) @ latent).view(batch_size, num_heads, query_length, -1)
         return (out @ w_uv_HVC.transpose(1, 2)).transpose(1, 2), weights
 
+    def score_options(self) -> dict[str, Any]:
+        """Soft-cap and sinks, where there are some, under the names by which flash and flex attention take them."""
+        options: dict[str, Any] = {}
+        if self.config.attn_logit_softcapping is not None:
+            options["softcap"] = self.config.attn_logit_softcapping
+        if self.sinks is not None:
+            options["s_aux"] = self.sinks
+        return options
+
     def attention_function(self) -> Callable:
-        """The function that the configuration names, or the eager one where that lacks what this model needs."""
+        """The function that the configuration names, or the eager one where PyTorch's lacks what this model needs.
+
+        Raises:
+            ValueError: flash attention that would leave something out.
+        """
         name = self.config._attn_implementation
         # PyTorch's fused attention has neither sinks nor soft-caps, and would leave them out without a word.
-        if name == "sdpa" and (self.sinks is not None or self.config.attn_logit_softcapping is not None):
+        if name == "sdpa" and self.score_options():
             return eager_attention_forward
+        if "flash" in name and self.v_head_dim > self.qk_head_dim:
+            raise ValueError(
+                f"{name} needs values no wider than keys, got v_head_dim={self.v_head_dim} and "
+                f"qk_nope_head_dim + qk_rope_head_dim={self.qk_head_dim}; choose sdpa, eager or flex_attention"
+            )
+        if name == "flash_attention_2" and self.sinks is not None:
+            raise ValueError(f"{name} has no attention sinks; choose sdpa, eager, flex_attention or flash_attention_3")
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)

@@ -1,0 +1,104 @@
+"""`generate` in all its forms against recomputing every token from the whole text, without a cache."""
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+from transformers import DynamicCache, StaticCache
+
+NEW = 8
+
+
+def recomputed(model, ids: torch.Tensor, new: int = NEW) -> torch.Tensor:
+    """Greedy continuation by one full pass for each token."""
+    for _ in range(new):
+        ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+def greedy(model, ids: torch.Tensor, **options) -> torch.Tensor:
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None} | options
+    return model.generate(ids, **options)
+
+
+OFFLOADS = pytest.mark.skipif(not torch.cuda.is_available(), reason="an offloaded cache copies on CUDA streams")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static", pytest.param("offloaded", marks=OFFLOADS)])
+def test_greedy_with_each_cache(variant, kind):
+    device = "cuda" if kind == "offloaded" else "cpu"
+    model, ids = tiny_model(variant).to(device), random_ids(2, 17).to(device)
+    assert greedy(model, ids, cache_implementation=kind, disable_compile=True).equal(recomputed(model, ids))
+
+
+@torch.no_grad()
+def test_left_padded_batch_equals_single_texts(variant):
+    model = tiny_model(variant)
+    texts = [random_ids(1, length, seed=length) for length in (13, 9)]
+    padded = torch.cat((texts[0], torch.cat((torch.zeros(1, 4, dtype=torch.long), texts[1]), dim=1)))
+    mask = (padded != 0).long()
+    out = greedy(model, padded, attention_mask=mask)
+    for row, text in enumerate(texts):
+        assert out[row, 13:].equal(recomputed(model, text)[0, text.shape[1] :])
+
+
+@torch.no_grad()
+def test_beams(variant):
+    model, ids = tiny_model(variant), random_ids(2, 11)
+    with_cache = greedy(model, ids, num_beams=3)
+    assert with_cache.equal(greedy(model, ids, num_beams=3, use_cache=False))
+
+
+@torch.no_grad()
+def test_sampling_draws_from_the_same_distribution(variant):
+    model, ids = tiny_model(variant), random_ids(2, 11)
+    torch.manual_seed(3)
+    with_cache = greedy(model, ids, do_sample=True, top_k=20)
+    torch.manual_seed(3)
+    assert with_cache.equal(greedy(model, ids, do_sample=True, top_k=20, use_cache=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["assistant", "prompt_lookup"])
+def test_assisted_decoding(variant, kind):
+    model, ids = tiny_model(variant), random_ids(1, 12)
+    if kind == "assistant":
+        assistant = tiny_model(variant)
+        for parameter in assistant.parameters():  # agrees often, not always
+            parameter.mul_(1.01)
+        options = {"assistant_model": assistant}
+    else:
+        ids = torch.cat((ids, ids), dim=1)
+        options = {"prompt_lookup_num_tokens": 3}
+    assert greedy(model, ids, **options).equal(recomputed(model, ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_prefix_is_reused(variant, kind):
+    model, ids = tiny_model(variant), random_ids(1, 19)
+    cache = DynamicCache(config=model.config) if kind is DynamicCache else StaticCache(model.config, max_cache_len=40)
+    model(ids[:, :12], past_key_values=cache)
+    assert greedy(model, ids, past_key_values=cache).equal(recomputed(model, ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packed_texts_do_not_see_each_other(variant, implementation):
+    model = tiny_model(variant)
+    model.set_attn_implementation(implementation)
+    texts = [random_ids(1, length, seed=length) for length in (7, 4, 11)]
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts]).unsqueeze(0)
+    packed = model(torch.cat(texts, dim=1), position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(text).logits for text in texts], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_cache_bytes_a_token_in_bfloat16(variant):
+    model = tiny_model(variant).to(torch.bfloat16)
+    cache = model(random_ids(1, 5)).past_key_values
+    config = model.config
+    for layer in cache.layers:
+        stored = layer.keys.nbytes + layer.values.nbytes
+        assert stored == 5 * 2 * (config.kv_lora_rank + config.num_key_value_heads * config.qk_rope_head_dim)
