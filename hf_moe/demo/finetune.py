@@ -53,7 +53,7 @@ def finetune(
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=5,
-        logging_steps=2,
+        logging_steps=4,
         save_steps=25,
         save_total_limit=1,
         report_to="none",

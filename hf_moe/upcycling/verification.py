@@ -62,8 +62,8 @@ def verify(
 
     Bytes: every tensor is computed again from the source and must equal the file; every other file must have the hash
     that was recorded. Numbers, in fp32: logits of `tokens` tokens, `new_tokens` greedy tokens, and decoding with a
-    cache against one pass without. Of a mode that is not exact only the last one can fail, with 100 times the tolerance;
-    the rest is measured.
+    cache against one pass without. Of a mode that is not exact only the last one can fail, with 100 times the
+    tolerance; the rest is measured.
 
     Args:
         text: what the models read; by default the Python language reference that comes with the interpreter. Without
@@ -195,6 +195,10 @@ def _judge(measured: dict[str, Any], tolerance: float, exact: bool) -> list[str]
         return failures
     if not logits["max_abs_difference"] <= tolerance:
         failures.append(f"max |Δlogit| is {logits['max_abs_difference']:.3g}, tolerance {tolerance:.3g}")
+    if not logits["top1_agreement"] == 1:
+        failures.append(
+            f"the likeliest token is the source's at {logits['top1_agreement']:.4%} of the places, not at all"
+        )
     if not decode["greedy_equal"]:
         failures.append(f"the {decode['greedy_tokens']} greedy tokens are not those of the source")
     return failures
