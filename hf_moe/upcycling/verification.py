@@ -195,10 +195,8 @@ def _judge(measured: dict[str, Any], tolerance: float, exact: bool) -> list[str]
         return failures
     if not logits["max_abs_difference"] <= tolerance:
         failures.append(f"max |Δlogit| is {logits['max_abs_difference']:.3g}, tolerance {tolerance:.3g}")
-    if not logits["top1_agreement"] == 1:
-        failures.append(
-            f"the likeliest token is the source's at {logits['top1_agreement']:.4%} of the places, not at all"
-        )
+    if logits["top1_agreement"] != 1:
+        failures.append(f"the likeliest token is the source's in {logits['top1_agreement']:.4%} of places, not in all")
     if not decode["greedy_equal"]:
         failures.append(f"the {decode['greedy_tokens']} greedy tokens are not those of the source")
     return failures
