@@ -289,7 +289,11 @@ def ceilings(flush) -> dict[str, float]:
 def commit() -> str:
     try:
         return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+            ["git", "rev-parse", "--short", "HEAD"],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -330,6 +334,8 @@ def main() -> None:
         except Exception as error:  # a peer may fail to import in any way: say so and go on
             print(f"{name}: skipped, {type(error).__name__}: {error}", flush=True)
 
+    folder = args.out or Path(__file__).parent / "results"
+    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     for shape in args.shapes:
         small = Case(shape, 256, "uniform").inputs(seed=1)
@@ -356,7 +362,9 @@ def main() -> None:
                         continue
                     torch.cuda.empty_cache()
                     try:
-                        new = list(measure(name, layers[name], Case(shape, tokens, routing), found, args.budget_ms, flush))
+                        new = list(
+                            measure(name, layers[name], Case(shape, tokens, routing), found, args.budget_ms, flush)
+                        )
                     except Exception as error:
                         print(f"{shape} {tokens} {routing} {name}: failed, {str(error)[:300]}", flush=True)
                         continue
@@ -371,9 +379,8 @@ def main() -> None:
                         f"saved {new[-1]['saved_mib']:.0f} peak {new[-1]['peak_mib']:.0f} MiB",
                         flush=True,
                     )
-    folder = args.out or Path(__file__).parent / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"experts-{gpu}.json").write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+                # Written as it grows: a long run that is cut short keeps what it has.
+                (folder / f"experts-{gpu}.json").write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

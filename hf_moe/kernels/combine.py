@@ -68,18 +68,13 @@ def _spread_kernel(x_ptr, position_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.c
         tl.store(y_ptr + position * D + d, row, mask=d < tl.where(position >= 0, D, 0))
 
 
-def spread(x_TD: torch.Tensor, routing: Routing, K: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def spread(x_TD: torch.Tensor, routing: Routing, K: int) -> torch.Tensor:
     """Copy each token to its rows: y[position[t, k]] = x[t]. Rows of no expert stay unwritten.
-
-    Args:
-        out: (N, D) to write into; a new tensor when None.
 
     Cost: reads T·D, writes N·D: written from the token's side, so that x is read once and not K times.
     """
     T, D = x_TD.shape
-    y_ND = x_TD.new_empty((T * K, D)) if out is None else out
+    y_ND = x_TD.new_empty((T * K, D))
     block = min(power_of_2(D), 1024)
-    _spread_kernel[(T, cdiv(D, block))](
-        x_TD, routing.position_N, y_ND, D, K, block, num_warps=4 if block >= 512 else 1
-    )
+    _spread_kernel[(T, cdiv(D, block))](x_TD, routing.position_N, y_ND, D, K, block, num_warps=4 if block >= 512 else 1)
     return y_ND

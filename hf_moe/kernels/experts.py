@@ -40,7 +40,12 @@ _ACTIVATIONS: dict[Any, tuple[str, float]] = {
 
 # Gates of Transformers' models that differ from the default: the method, then the attributes that hold its numbers.
 _GATES: dict[str, dict[str, Any]] = {
-    "gpt_oss.modeling_gpt_oss.GptOssExperts": {"alpha": "alpha", "limit": "limit", "up_offset": 1.0, "interleaved": True},
+    "gpt_oss.modeling_gpt_oss.GptOssExperts": {
+        "alpha": "alpha",
+        "limit": "limit",
+        "up_offset": 1.0,
+        "interleaved": True,
+    },
     "openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts": {
         "alpha": "alpha",
         "limit": "limit",
@@ -176,7 +181,9 @@ def accelerate(model: Model, *, recompute: bool = False) -> Model:
             host.set_experts_implementation(NAME)
     stuck = {type(m).__name__ for m in experts if m.config._experts_implementation != NAME}
     if stuck:
-        raise ValueError(f"Transformers cannot switch the experts of {type(model).__name__}: {', '.join(sorted(stuck))}")
+        raise ValueError(
+            f"Transformers cannot switch the experts of {type(model).__name__}: {', '.join(sorted(stuck))}"
+        )
     for module in experts:
         module.hf_moe_recompute = recompute
     return model

@@ -148,7 +148,9 @@ def _gating_gradient_kernel(
     tl.store(dweight_ptr + route, tl.where(owned, dweight, 0.0).to(dweight_ptr.dtype.element_ty), mask=n < N)
 
 
-def gating_gradient(h_NH, da_NF, weight_TK, routing: Routing, gating: Gating, *, index_TK, dout_TD, bias_ED, store_a=True):
+def gating_gradient(
+    h_NH, da_NF, weight_TK, routing: Routing, gating: Gating, *, index_TK, dout_TD, bias_ED, store_a=True
+):
     """The gradient of the gate and of the routing weights, and the second projection's weighted input, in one pass.
 
         dh[n] = w[n] · da[n] · ∂a/∂h[n]        wa[n] = w[n] · a[n]        dw[n] = ⟨da[n], a[n]⟩ + ⟨dout[n], bias[e]⟩

@@ -6,7 +6,7 @@ Letters: N routed rows, I input columns, O output columns, E experts, G groups o
 import torch
 import triton
 import triton.language as tl
-from triton.tools.ragged_tma import create_ragged_descriptor, store_ragged
+from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .routing import Routing
@@ -92,7 +92,7 @@ def _grouped_linear_kernel(
     y_ptr,
     row_ptr,
     tile_ptr,
-    max_tiles,
+    capacity,
     N_IN,
     N_OUT,
     PER_TOKEN,
@@ -114,14 +114,14 @@ def _grouped_linear_kernel(
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tiles = tl.load(tile_ptr + 3 * max_tiles)
+    tiles = tl.load(tile_ptr + 3 * capacity)
     columns = tl.cdiv(N_OUT, BN)
     for work in tl.range(tl.program_id(0), tiles * columns, tl.num_programs(0), flatten=FLATTEN):
         tile, column = tile_of(work, tiles, columns, GROUP)
         column *= BN
         expert = tl.load(tile_ptr + tile)
-        first = tl.load(tile_ptr + max_tiles + tile)
-        last = tl.load(tile_ptr + 2 * max_tiles + tile)
+        first = tl.load(tile_ptr + capacity + tile)
+        last = tl.load(tile_ptr + 2 * capacity + tile)
         total = dot_rows(
             x,
             w,
@@ -155,8 +155,9 @@ def _grouped_linear_kernel(
         if Y_TMA:
             # Two halves: the staging buffer is half as large, which leaves room for one more stage of loads.
             low, high = tl.split(total.to(y_ptr.dtype.element_ty).reshape(BM, 2, BN // 2).permute(0, 2, 1))
-            store_ragged(y, first, last - first, [0, column], low)
-            store_ragged(y, first, last - first, [0, column + BN // 2], high)
+            c0, c1, c2 = to_ragged_indices(first, last - first, 0)
+            y.store([c0, c1, c2, column], low.reshape(1, 1, BM, BN // 2))
+            y.store([c0, c1, c2, column + BN // 2], high.reshape(1, 1, BM, BN // 2))
         else:
             rows = first + tl.arange(0, BM)
             y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N_OUT + out[None, :]
@@ -205,7 +206,7 @@ def grouped_linear(
         y_NO,
         routing.row_N,
         routing.tile,
-        routing.max_tiles,
+        routing.capacity,
         n_in,
         n_out,
         per_token or 1,

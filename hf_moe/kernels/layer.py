@@ -15,7 +15,7 @@ from . import tuning
 from .combine import combine, spread
 from .gating import Gating, gating_gradient
 from .grouped_linear import grouped_linear
-from .routing import Routing, max_tiles, route
+from .routing import Routing, route, tile_capacity
 from .up_projection import up_projection
 from .weight_gradient import bias_gradient, weight_gradient
 
@@ -57,37 +57,7 @@ def _weight_gradient_as(weight: Tensor, left: Tensor, right: Tensor, *args, **kw
     return weight_gradient(right, left, *args, **kwargs).transpose(1, 2)
 
 
-class beside:  # noqa: N801 reads as a verb
-    """Launch the block's kernels on a second stream, beside those that follow on the current one, until `join`.
-
-    Their tensors are allocated outside the block and freed after `join`, so that the current stream owns them.
-    """
-
-    def __init__(self, device: torch.device, wanted: bool):
-        self.stream = _side_stream(device) if wanted and device.type == "cuda" else None
-
-    def __enter__(self):
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-            self.context = torch.cuda.stream(self.stream)
-            self.context.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        if self.stream is not None:
-            self.context.__exit__(*error)
-
-    def join(self) -> None:
-        if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """The tiles of one call; every kernel that walks row tiles walks those of the same height."""
 
     up: tuning.Tile
@@ -101,7 +71,7 @@ class _Plan(NamedTuple):
 
     @classmethod
     @functools.lru_cache(maxsize=256)
-    def of(cls, device: torch.device, dtype: torch.dtype, rows_per_expert: int) -> "_Plan":
+    def of(cls, device: torch.device, dtype: torch.dtype, rows_per_expert: int) -> "Plan":
         return cls(*(tuning.choose(op, device, dtype, rows_per_expert) for op in cls._fields))
 
 
@@ -112,9 +82,9 @@ def _experts(x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, 
     if T == 0:
         none = index.new_empty(0, dtype=torch.int32)
         return x.new_zeros(x.shape), x.new_empty(0), none, none.clone(), none.clone(), none.clone()
-    plan = _Plan.of(x.device, x.dtype, T * K // E)
+    plan = Plan.of(x.device, x.dtype, T * K // E)
     routing = route(index, E, plan.up.m)
-    spread_x = tuning.spreads(x.device, down.shape[2], keep == KEEP_H)
+    spread_x = tuning.spreads(down.shape[2], keep == KEEP_H)
     x_rows = spread(x, routing, K) if spread_x else x
     h, a = up_projection(
         x_rows,
@@ -133,18 +103,17 @@ def _experts(x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, 
     return out, x.new_empty(0) if h is None else h, *routing[:4]
 
 
-def _experts_fake(x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, up_offset, gated, interleaved, keep):
+def _experts_fake(
+    x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, up_offset, gated, interleaved, keep
+):
     (T, K), E = index.shape, up.shape[0]
     out = x.new_empty(x.shape)
     h = x.new_empty((T * K, up.shape[1])) if keep == KEEP_H else x.new_empty(0)
     # A symbolic T stands for a batch that is not empty.
     if isinstance(T, int) and T == 0:
-        sizes = [0, 0, 0, 0]
-        h = x.new_empty(0)
+        h, sizes = x.new_empty(0), (0, 0, 0, 0)
     else:
-        rows = tuning.choose("up", x.device, x.dtype, tuning.hint(T) * K // E).m
-        tiles = torch.sym_min(torch.sym_int((T * K + rows - 1) // rows) + E, T * K)
-        sizes = [T * K, T * K, E + 1, 3 * tiles + 1]
+        sizes = (T * K, T * K, E + 1, 3 * tile_capacity(T * K, E) + 1)
     return out, h, *(index.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
@@ -163,7 +132,7 @@ def _experts_backward(
         )
     none = dout.new_empty(0)
     dx = dweight = dup = ddown = dup_bias = ddown_bias = none
-    plan = _Plan.of(x.device, x.dtype, T * K // E)
+    plan = Plan.of(x.device, x.dtype, T * K // E)
     routing = Routing(row, position, offset, tile, plan.up.m)
     if needs_down_bias:
         ddown_bias = bias_gradient(dout, routing, per_token=K, weight_TK=weight)
@@ -173,7 +142,7 @@ def _experts_backward(
                 x, up, routing, gating, plan.up, per_token=K, bias_EH=up_bias, store_h=True, store_a=False
             )
         # A weight gradient gains so much from copied rows (676 TFLOP/s against 417) that it always gets them.
-        spread_dout = needs_down or tuning.spreads(x.device, down.shape[2], False)
+        spread_dout = needs_down or tuning.spreads(down.shape[2], False)
         dout_rows = spread(dout, routing, K) if spread_dout else dout
         per_token = None if spread_dout else K
         da = grouped_linear(dout_rows, down.transpose(1, 2), routing, plan.gate_gradient, per_token=per_token)
@@ -186,17 +155,10 @@ def _experts_backward(
         del dout_rows, wa
         if needs_up_bias:
             dup_bias = bias_gradient(dh, routing)
-        x_rows = x.new_empty((T * K, x.shape[1])) if needs_up else None
-        with beside(x.device, needs_up and needs_x) as side:
-            if x_rows is not None:
-                spread(x, routing, K, x_rows)
+        if needs_up:
+            dup = _weight_gradient_as(up, dh, spread(x, routing, K), routing, plan.up_gradient)
         if needs_x:
-            dx_rows = grouped_linear(dh, up.transpose(1, 2), routing, plan.x_gradient)
-            dx = combine(dx_rows, None, routing, K)
-            del dx_rows
-        side.join()
-        if x_rows is not None:
-            dup = _weight_gradient_as(up, dh, x_rows, routing, plan.up_gradient)
+            dx = combine(grouped_linear(dh, up.transpose(1, 2), routing, plan.x_gradient), None, routing, K)
     return dx, dweight if needs_weight else none, dup, ddown, dup_bias, ddown_bias
 
 
@@ -267,7 +229,7 @@ def experts(
     Returns:
         out_TD in x's dtype; every product is accumulated in fp32.
     Gradients: everything but index. A frozen tensor's is not computed. An expert without rows gets exactly zero.
-    Kept for backward: x, h (N·H, unless recomputed), index, weight, and 4·(2N + E) bytes of row numbers.
+    Kept for backward: x, h (N·H, unless recomputed), index, weight, and some 9·N bytes of row numbers.
     Cost: 2·N·D·(H + F) FLOPs forward, twice that backward; no host synchronisation, no atomics.
     Source: dropless grouped computation, arXiv:2211.15841; gathers fused, arXiv:2403.08245; dw = ⟨downᵀ dout, a⟩ so that
         the rows of output need not be kept, arXiv:2512.14080.
@@ -288,8 +250,8 @@ def _route(index, n_experts, tile_rows):
 
 def _route_fake(index, n_experts, tile_rows):
     N = index.numel()
-    tiles = torch.sym_min((N + tile_rows - 1) // tile_rows + n_experts, N)
-    return tuple(index.new_empty(size, dtype=torch.int32) for size in (N, N, n_experts + 1, 3 * tiles + 1))
+    sizes = (N, N, n_experts + 1, 3 * tile_capacity(N, n_experts) + 1)
+    return tuple(index.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
 def _grouped_linear(x, weight, bias, row, position, offset, tile, tile_rows, per_token):
@@ -373,6 +335,3 @@ def experts_with_gate(x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, d
     owned_TK1 = (position_N >= 0).view(T, K, 1)
     y_TKD = y_ND[position_N.clamp(min=0)].view(T, K, -1)
     return (y_TKD * weight_TK.unsqueeze(-1)).masked_fill(~owned_TK1, 0.0).sum(1).to(x_TD.dtype)
-
-
-__all__ = ["Gating", "experts", "experts_with_gate", "max_tiles"]

@@ -18,7 +18,7 @@ class Routing(NamedTuple):
     row_N: int32, the route (token · K + choice) at each sorted row; routes of no expert come last.
     position_N: int32, the sorted row of each route, -1 for a route of no expert.
     offset_E1: int32 of length E + 1; expert e owns the sorted rows offset[e] .. offset[e + 1].
-    tile: int32 (3·tiles + 1,): the expert, first row and end row of each tile, then how many tiles are in use.
+    tile: int32 (3·capacity + 1,): the expert, first row and end row of each tile, then how many tiles are in use.
     tile_rows: rows a tile.
     """
 
@@ -29,13 +29,19 @@ class Routing(NamedTuple):
     tile_rows: int
 
     @property
-    def max_tiles(self) -> int:
+    def capacity(self) -> int:
         return self.tile.numel() // 3
 
+    @property
+    def max_tiles(self) -> int:
+        """The most tiles that any distribution of the routes needs; known without looking at the device."""
+        n_routes = self.row_N.numel()
+        return min(cdiv(n_routes, self.tile_rows) + self.offset_E1.numel() - 1, n_routes)
 
-def max_tiles(n_routes: int, n_experts: int, tile_rows: int) -> int:
-    """The most row tiles that any distribution of the routes can need; known without looking at the device."""
-    return min(cdiv(n_routes, tile_rows) + n_experts, max(n_routes, 1))
+
+def tile_capacity(n_routes, n_experts):
+    """Room for the lowest tiles there are, so that a compiled graph need not know which are chosen. Takes symbolic sizes."""
+    return torch.sym_min((n_routes + 15) // 16 + n_experts, n_routes)
 
 
 @triton.jit
@@ -78,6 +84,7 @@ def _place_kernel(
     E,
     n_blocks,
     n_tiles,
+    capacity,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
     TILE_BLOCK: tl.constexpr,
@@ -107,10 +114,10 @@ def _place_kernel(
         first = tl.gather(begin, owner, 0) + (tile - tl.gather(tile_end - tiles, owner, 0)) * TILE_ROWS
         in_table = tile < n_tiles
         tl.store(tile_ptr + tile, owner, mask=in_table)
-        tl.store(tile_ptr + n_tiles + tile, first, mask=in_table)
-        tl.store(tile_ptr + 2 * n_tiles + tile, tl.gather(end, owner, 0), mask=in_table)
+        tl.store(tile_ptr + capacity + tile, first, mask=in_table)
+        tl.store(tile_ptr + 2 * capacity + tile, tl.gather(end, owner, 0), mask=in_table)
         if program == n_blocks:
-            tl.store(tile_ptr + 3 * n_tiles, used)
+            tl.store(tile_ptr + 3 * capacity, used)
             tl.store(offset_ptr + bins, begin, mask=bins <= E)
 
 
@@ -129,18 +136,18 @@ def route(index_TK: torch.Tensor, n_experts: int, tile_rows: int) -> Routing:
     N, device = index_TK.numel(), index_TK.device
     block, chunk, tile_block = 128, 1024, 32
     bins = power_of_2(n_experts + 1)
-    n_blocks, n_tiles = cdiv(N, block), max_tiles(N, n_experts, tile_rows)
+    n_blocks, capacity = cdiv(N, block), tile_capacity(N, n_experts)
     index_TK = index_TK.contiguous()
 
     scratch = torch.empty((n_experts + 1) * (n_blocks + 1), dtype=torch.int32, device=device)
     count, total = scratch[n_experts + 1 :], scratch
     routing = Routing(
-        *(torch.empty(size, dtype=torch.int32, device=device) for size in (N, N, n_experts + 1, 3 * n_tiles + 1)),
+        *(torch.empty(size, dtype=torch.int32, device=device) for size in (N, N, n_experts + 1, 3 * capacity + 1)),
         tile_rows,
     )
     _count_kernel[(n_blocks,)](index_TK, count, N, n_experts, n_blocks, block, bins)
     _scan_kernel[(n_experts + 1,)](count, total, n_blocks, chunk)
-    _place_kernel[(n_blocks + cdiv(n_tiles, tile_block),)](
+    _place_kernel[(n_blocks + cdiv(routing.max_tiles, tile_block),)](
         index_TK,
         count,
         total,
@@ -151,7 +158,8 @@ def route(index_TK: torch.Tensor, n_experts: int, tile_rows: int) -> Routing:
         N,
         n_experts,
         n_blocks,
-        n_tiles,
+        routing.max_tiles,
+        capacity,
         block,
         bins,
         tile_block,

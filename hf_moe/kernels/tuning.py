@@ -4,6 +4,10 @@ Nothing is timed at the first call. `tune` times the candidates on this machine 
 """
 
 import functools
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,7 +41,14 @@ def _wide(stages: int, **more) -> Tile:
 
 # One program a multiprocessor, its tiles in one pipeline, results stored by the copy engine: the winner on every large shape.
 _FLOW = _wide(4, per_sm=1, flatten=True, tma_store=True)
-_ROWS = {0: Tile(16, 128, 128, 4, 4), 32: Tile(64, 256, 64, 4, 4, per_sm=1, flatten=True, tma_store=True), 96: _FLOW}
+_ROWS = {
+    0: Tile(16, 128, 128, 4, 4),
+    8: Tile(32, 128, 128, 4, 3),
+    32: Tile(64, 256, 64, 4, 4, per_sm=1, flatten=True, tma_store=True),
+    96: _FLOW,
+}
+# Blocks that fit every GPU that Triton knows.
+_ANY = {0: Tile(16, 64, 64, 4, 3), 32: Tile(64, 128, 32, 4, 3)}
 _SIDES = {0: Tile(128, 128, 64, 4, 3, per_sm=2, flatten=True, tma_store=True), 96: _FLOW}
 
 # op → (rows an expert, at least) → tile, 16-bit operands on Hopper. Every op of a layer has the same m where it walks rows.
@@ -70,24 +81,146 @@ def hint(size) -> int:
     return size
 
 
+def user_table() -> Path:
+    """Where `tune` writes this user's tiles: $HF_MOE_CACHE/tiles.json, in ~/.cache/hf_moe unless set."""
+    return Path(os.environ.get("HF_MOE_CACHE", "~/.cache/hf_moe")).expanduser() / "tiles.json"
+
+
+@functools.cache
+def _tables(device: torch.device) -> dict[str, dict[int, Tile]]:
+    """The tiles of a GPU: ours for its generation, and over them what `tune` found on this machine."""
+    ours = HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else dict.fromkeys(HOPPER, _ANY)
+    path = user_table()
+    if not path.is_file():
+        return ours
+    tuned = json.loads(path.read_text()).get(torch.cuda.get_device_name(device), {})
+    return {op: table | {int(rows): Tile(*t) for rows, t in tuned.get(op, {}).items()} for op, table in ours.items()}
+
+
 @functools.lru_cache(maxsize=1024)
 def choose(op: str, device: torch.device, dtype: torch.dtype, rows_per_expert: int) -> Tile:
-    """The tile of `op` for a layer whose experts own this many rows on average."""
+    """The tile of `op` for a layer whose experts own this many rows on average.
+
+    A row count that no table lists takes the entry below it; float32, and GPUs that are not Hopper, take blocks small enough
+    for any of them.
+    """
     if device.type != "cuda":
         return Tile(16, 32, 32, 4, 2)
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 3)
-    return _at(HOPPER[op], rows_per_expert)
+    return _at(_tables(device)[op], rows_per_expert)
 
 
 def _at(table: dict[int, Tile], rows: int) -> Tile:
     return table[max(least for least in table if least <= rows)]
 
 
-def spreads(device: torch.device, width: int, training: bool) -> bool:
+def spreads(width: int, training: bool) -> bool:
     """Whether the first projection reads copied rows (bulk copies) rather than gather its tokens.
 
     The copy costs time in proportion to the rows, the product gains some in proportion to rows times expert width: 635
     TFLOP/s against 530 when it also stores h, 643 against 597 when it does not (width 768).
     """
     return width >= (512 if training else 2048)
+
+
+def candidates(tile: Tile) -> list[Tile]:
+    """Tiles near one that is known to work; their height stays, since all kernels of a layer share it."""
+    flow = {"per_sm": 1, "flatten": True, "tma_store": True}
+    shapes = [(256, 64, 8), (128, 64, 8), (128, 64, 4)] if tile.m >= 64 else [(128, 128, 4), (64, 128, 4), (128, 64, 4)]
+    found = [
+        tile._replace(n=n, k=k, warps=warps, stages=stages, per_sm=0, flatten=False, tma_store=False)._replace(**more)
+        for n, k, warps in shapes
+        for stages in (3, 4)
+        for more in ({}, {"tma_store": True}, flow)
+    ]
+    return [tile, *(t for t in dict.fromkeys(found) if t != tile)]
+
+
+def tune(
+    shapes: Iterable[tuple[int, int, int, int]],
+    tokens: Iterable[int] = (1024, 8192),
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    path: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Time tiles for layers of these sizes on this machine's GPU, and save the best for later processes.
+
+    One op after the other, the whole layer is timed forward and backward with each candidate in its place. A candidate that
+    does not compile or does not fit is passed over.
+
+    Args:
+        shapes: (hidden, expert width, experts, experts a token) of each layer.
+        tokens: batch sizes; each fills the entry of its rows an expert.
+        path: the table to write, `user_table()` when None. Other entries in it are kept.
+        report: called with a line for each choice.
+    Returns:
+        path.
+    Raises:
+        ValueError: there is no GPU.
+    Cost: about three minutes for each shape and batch size, most of it compilation.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("tuning needs a GPU, and torch.cuda.is_available() is False")
+    path = path or user_table()
+    device = torch.device("cuda", torch.cuda.current_device())
+    name = torch.cuda.get_device_name(device)
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    tables = {op: dict(table) for op, table in _tables(device).items()}
+    for D, F, E, K in shapes:
+        for T in tokens:
+            rows = T * K // E
+            step = _step(T, D, F, E, K, dtype, device)
+            for op in tables:
+                times = {tile: _time(step, tables, op, rows, tile) for tile in candidates(_at(tables[op], rows))}
+                best = min(times, key=lambda tile: times[tile])
+                tables[op][rows] = best
+                saved.setdefault(name, {}).setdefault(op, {})[str(rows)] = list(best)
+                report(f"{op} at {rows} rows an expert: {best}, {times[best]:.3f} ms a step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(saved, indent=1) + "\n")
+    _machine_tables.cache_clear()
+    _use(None)
+    return path
+
+
+def _step(T: int, D: int, F: int, E: int, K: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    from .layer import experts
+
+    sizes = ((T, D), (T, K), (E, 2 * F, D), (E, D, F))
+    leaves = [torch.randn(size, device=device, dtype=dtype).mul_(0.05).requires_grad_() for size in sizes]
+    index = torch.rand((T, E), device=device).argsort(1)[:, :K].contiguous()
+    dout = torch.randn((T, D), device=device, dtype=dtype)
+    return lambda: torch.autograd.grad(experts(leaves[0], index, *leaves[1:]), leaves, dout)
+
+
+def _use(tables: dict[str, dict[int, Tile]] | None) -> None:
+    """Make `choose` read these tables; None goes back to the machine's own."""
+    from . import layer
+
+    global _tables
+    _tables = _machine_tables if tables is None else lambda device: tables  # type: ignore[assignment]
+    choose.cache_clear()
+    layer.Plan.of.cache_clear()
+
+
+_machine_tables = _tables
+
+
+def _time(step, tables, op: str, rows: int, tile: Tile) -> float:
+    _use({**tables, op: {**tables[op], rows: tile}})
+    try:
+        step()
+        torch.cuda.synchronize()
+    except Exception:  # a tile that does not fit fails in as many ways as there are compilers
+        return float("inf")
+    times = []
+    for _ in range(10):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]

@@ -6,7 +6,7 @@ Letters: T tokens, K experts a token, N = T·K routed rows, D hidden, F expert w
 import torch
 import triton
 import triton.language as tl
-from triton.tools.ragged_tma import create_ragged_descriptor, store_ragged
+from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .gating import Gating, act_and_slope, gate_forward
@@ -26,7 +26,7 @@ def _up_projection_kernel(
     a_ptr,
     row_ptr,
     tile_ptr,
-    max_tiles,
+    capacity,
     N_IN,
     F,
     PER_TOKEN,
@@ -62,13 +62,13 @@ def _up_projection_kernel(
     G: tl.constexpr = 1 if INTERLEAVED else FAN
     BF: tl.constexpr = BN // FAN
     group_out = F * FAN // G
-    tiles = tl.load(tile_ptr + 3 * max_tiles)
+    tiles = tl.load(tile_ptr + 3 * capacity)
     columns = tl.cdiv(F, BF)
     for work in tl.range(tl.program_id(0), tiles * columns, tl.num_programs(0), flatten=FLATTEN):
         tile, column = tile_of(work, tiles, columns, GROUP)
         expert = tl.load(tile_ptr + tile)
-        first = tl.load(tile_ptr + max_tiles + tile)
-        last = tl.load(tile_ptr + 2 * max_tiles + tile)
+        first = tl.load(tile_ptr + capacity + tile)
+        last = tl.load(tile_ptr + 2 * capacity + tile)
         total = dot_rows(
             x,
             w,
@@ -106,6 +106,7 @@ def _up_projection_kernel(
         rows64 = rows.to(tl.int64)[:, None]
         f = column * BF + tl.arange(0, BF)
         mask = (rows[:, None] < last) & (f[None, :] < F)
+        c0, c1, c2 = to_ragged_indices(first, last - first, 0)
         if GATED:
             low, high = tl.split(h.reshape(BM, 2, BF).permute(0, 2, 1))
             gate, up = low, high
@@ -114,9 +115,9 @@ def _up_projection_kernel(
             if STORE_H:
                 if STORE_TMA:
                     near = column * (BN // G)
-                    store_ragged(h_desc, first, last - first, [0, 0, near], low.reshape(BM, 1, BF))
+                    h_desc.store([c0, c1, c2, 0, near], low.reshape(1, 1, BM, 1, BF))
                     far = near + BF if INTERLEAVED else near
-                    store_ragged(h_desc, first, last - first, [0, G - 1, far], high.reshape(BM, 1, BF))
+                    h_desc.store([c0, c1, c2, G - 1, far], high.reshape(1, 1, BM, 1, BF))
                 elif INTERLEAVED:
                     pair = column * BN + tl.arange(0, BN)
                     h_ptrs = h_ptr + rows64 * (2 * F) + pair[None, :]
@@ -128,7 +129,7 @@ def _up_projection_kernel(
             if STORE_A:
                 a = gate_forward(gate.to(tl.float32), up.to(tl.float32), alpha, limit, up_offset, ACT, CLIP).to(h.dtype)
                 if STORE_TMA:
-                    store_ragged(a_desc, first, last - first, [0, 0, column * BF], a.reshape(BM, 1, BF))
+                    a_desc.store([c0, c1, c2, 0, column * BF], a.reshape(1, 1, BM, 1, BF))
                 else:
                     tl.store(a_ptr + rows64 * F + f[None, :], a, mask=mask)
         else:
@@ -193,7 +194,7 @@ def up_projection(
         a_NF,
         routing.row_N,
         routing.tile,
-        routing.max_tiles,
+        routing.capacity,
         n_in,
         F,
         per_token or 1,
