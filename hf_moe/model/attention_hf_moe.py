@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_hf_moe import HfMoeConfig
+from .paging_hf_moe import half_width, update_paged
 
 
 class HfMoeRMSNorm(nn.Module):
@@ -236,7 +237,9 @@ class HfMoeAttention(nn.Module):
         """Return the attended hidden states (B, S, D) and, where the attention function has them, the weights."""
         query = self.project_query(hidden_states, position_embeddings)
         latent, k_rot = self.project_latent(hidden_states, position_embeddings)
-        if past_key_values is not None:
+        if (paged := kwargs.pop("cache", None)) is not None:
+            latent, k_rot = update_paged(paged, latent, k_rot, self.layer_idx, half_width(self.config), kwargs)
+        elif past_key_values is not None:
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
 
         dropout = self.attention_dropout if self.training else 0.0
@@ -310,7 +313,7 @@ class HfMoeAttention(nn.Module):
 
     def absorption_pays(self, query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether the absorbed form applies here and costs fewer FLOPs; decided by shapes alone."""
-        if self.config._attn_implementation not in ("eager", "sdpa"):
+        if self.config._attn_implementation not in ("eager", "paged|eager", "sdpa"):
             return False
         # An adapter, a quantised layer or an offloaded weight must be applied, not looked into.
         if type(self.kv_b_proj) is not nn.Linear or self.kv_b_proj.weight.device != query.device:
@@ -387,7 +390,8 @@ class HfMoeAttention(nn.Module):
         """
         name = self.config._attn_implementation
         # PyTorch's fused attention has neither sinks nor soft-caps, and would leave them out without a word.
-        if name == "sdpa" and self.score_options():
+        # "paged|eager" would update the cache itself, with expanded keys.
+        if name == "paged|eager" or (name == "sdpa" and self.score_options()):
             return eager_attention_forward
         if "flash" in name and self.v_head_dim > self.qk_head_dim:
             raise ValueError(

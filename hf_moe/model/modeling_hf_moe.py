@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm, HfMoeRotaryEmbedding
 from .configuration_hf_moe import HfMoeConfig
+from .paging_hf_moe import sized_for_latents
 from .parallel_hf_moe import LatentAttentionHeads
 from .routing_hf_moe import HfMoeTopkRouter, auxiliary_loss
 
@@ -418,6 +419,22 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' own, with a cache sized for latents. Its flash decoding reads keys from pages: left out."""
+        manager: Any = super().init_continuous_batching(*args, **kwargs)
+        if getattr(manager, "_makes_latent_cache", False):
+            return manager
+        manager._makes_latent_cache = True
+        manager.continuous_batching_config.max_blocks_per_request = 0
+        create = manager._create_batch_processor
+
+        def create_for_latents() -> Any:
+            with sized_for_latents(self.config):
+                return create()
+
+        manager._create_batch_processor = create_for_latents
+        return manager
 
     def _has_auxiliary_loss(self) -> bool:
         config = self.config
