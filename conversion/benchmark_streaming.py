@@ -136,15 +136,17 @@ if __name__ == "__main__":
     parser.add_argument("work", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     source, target = arguments.work / "dense", arguments.work / "target"
     if not source.is_dir():
         write_source(source, arguments.layers)
     size = sum(path.stat().st_size for path in source.iterdir())
     result: dict = {"layers": arguments.layers, "source_bytes": size, "cpus": os.cpu_count()}
+    result["rounds"] = arguments.rounds
     result |= {"python": platform.python_version(), "plan_8_experts": in_process(plan, source), "choices": SPLIT}
-    # In turn, and the better of two rounds of each: what comes second finds memory and disk warmed up by the first.
-    for _ in range(2):
+    # In turn, and the best round of each: what comes second finds memory and disk warmed up by the first.
+    for _ in range(arguments.rounds):
         for name, function in (("convert", convert), ("copy", copy)):
             drop_from_memory(source)
             measured = in_process(function, source, target)
