@@ -59,7 +59,7 @@ class HfMoeConfig(PreTrainedConfig):
         norm_topk_prob, routed_scaling_factor: weights are divided by their sum, then multiplied by the factor.
         router_aux_loss_coef, router_seq_aux_loss_coef, router_z_loss_coef: added to the training loss when above 0.
         num_nextn_predict_layers: layers behind the last one in the checkpoint's files, for multi-token prediction
-            (DeepSeek-V3); they are no part of this model.
+            (DeepSeek-V3). They are no part of this model; `generate(use_mtp=True)` loads them as its drafter.
 
     Raises:
         ValueError: a combination that cannot be built, with the numbers that disagree.
@@ -68,7 +68,11 @@ class HfMoeConfig(PreTrainedConfig):
 
     model_type = "hf_moe"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
+    attribute_map = {
+        "num_experts": "n_routed_experts",
+        "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+    }
     base_model_ep_plan = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
@@ -193,6 +197,16 @@ class HfMoeConfig(PreTrainedConfig):
             plan |= {f"layers.*.{mlp}.{name}": "colwise" for name in ("gate_proj", "up_proj")}
             plan[f"layers.*.{mlp}.down_proj"] = "rowwise"
         return plan
+
+    @property
+    def mtp_layer_types(self) -> list[str]:
+        """Attention of each multi-token prediction layer, which Transformers' drafter asks for."""
+        return ["full_attention"] * self.num_nextn_predict_layers
+
+    @property
+    def mtp_mlp_layer_types(self) -> list[str]:
+        """Every multi-token prediction layer is a mixture."""
+        return ["sparse"] * self.num_nextn_predict_layers
 
     @property
     def qk_head_dim(self) -> int:

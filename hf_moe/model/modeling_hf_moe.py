@@ -234,6 +234,14 @@ class HfMoePreTrainedModel(PreTrainedModel):
                     raise RuntimeError(f"{pretrained_model_name_or_path} {kind} {_some_of(names)}")
         return model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As Transformers' own; the layers for multi-token prediction are not held, so the saved folder names none."""
+        layers, self.config.num_nextn_predict_layers = self.config.num_nextn_predict_layers, 0
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.num_nextn_predict_layers = layers
+
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         if loading_info.conversion_errors:

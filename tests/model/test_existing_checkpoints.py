@@ -7,6 +7,8 @@ import torch
 from conftest import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM, HfMoeForSequenceClassification, HfMoeModel
 
@@ -160,14 +162,41 @@ def test_logits_are_those_of_the_own_class(family, fused, tmp_path):
 
 
 @torch.no_grad()
-def test_prediction_layers_are_left_out(tmp_path):
-    theirs, ids = make_folder(tmp_path, "deepseek_v3", num_nextn_predict_layers=1), random_ids(1, 9)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_prediction_layers_draft_as_those_of_the_own_class(layers, tmp_path):
+    theirs = make_folder(tmp_path, "deepseek_v3", num_nextn_predict_layers=layers, num_mtp_layers=layers)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors |= {k.replace("layers.2.", "layers.3."): v.clone() for k, v in tensors.items() if "layers.2." in k}
-    tensors["model.layers.3.eh_proj.weight"] = torch.randn(64, 128)
+    last = {key: value for key, value in tensors.items() if "layers.2." in key}
+    for layer in range(3, 3 + layers):
+        tensors |= {key.replace("layers.2.", f"layers.{layer}."): value * 1.01 for key, value in last.items()}
+        prefix = f"model.layers.{layer}"
+        tensors |= {f"{prefix}.{name}.weight": torch.rand(64) + 0.5 for name in ("enorm", "hnorm", "shared_head.norm")}
+        tensors[f"{prefix}.eh_proj.weight"] = torch.randn(64, 128) * 0.1
+        tensors[f"{prefix}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"{prefix}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    ours = HfMoeForCausalLM.from_pretrained(tmp_path)
+    ours, ids = HfMoeForCausalLM.from_pretrained(tmp_path), random_ids(1, 9)
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+
+    config = AutoConfig.for_model(**json.loads((tmp_path / "config.json").read_text()))
+    theirs = type(theirs).from_pretrained(tmp_path, config=config)
+    # Their class knows the layers of the published size only.
+    theirs._keys_to_ignore_on_load_unexpected = ours._keys_to_ignore_on_load_unexpected
+    hidden = ours(ids, output_hidden_states=True).hidden_states[-1]
+    drafts = []
+    for model in (theirs, ours):
+        drafter = MtpModel.from_pretrained(model).eval()
+        cache = MtpCache(config=model.config.get_mtp_config())
+        drafts.append(drafter(ids, hidden, None, torch.arange(1, 10).unsqueeze(0), cache)[:2])
+    assert drafts[0][0].equal(drafts[1][0])
+    torch.testing.assert_close(drafts[1][1], drafts[0][1], rtol=0, atol=1e-5)
+
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    assert ours.generate(ids, use_mtp=True, **options).equal(ours.generate(ids, **options))
+
+    ours.save_pretrained(tmp_path / "again")
+    assert HfMoeConfig.from_pretrained(tmp_path / "again").num_nextn_predict_layers == 0
+    assert ours.config.num_nextn_predict_layers == layers
 
 
 @torch.no_grad()
