@@ -32,7 +32,8 @@ class MixtureSource(FolderSource):
             known = ", ".join(["hf_moe", *FORMATS])
             raise ValueError(f"{path} holds a {self.model_type!r} model; known are {known}")
         self.config = _complete(raw)
-        self.headers = read_folder(path)
+        self.headers = self._stored = read_folder(path)
+        self._scales, self._block = {}, None
 
 
 def _complete(raw: dict[str, Any]) -> dict[str, Any]:

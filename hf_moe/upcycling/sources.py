@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .headers import ITEM_SIZE, TensorHeader, read_folder
+from .quantised import dequantise, presented, scale_names
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,11 @@ class Source(ABC):
         model = json.loads(path.read_text(encoding="utf-8")).get("model", {})
         return model.get("vocab")
 
+    @property
+    def quantised(self) -> bool:
+        """Whether Transformers would not load these weights as plain numbers without help."""
+        return False
+
     def files(self) -> list[Path]:
         """The weight files, sorted."""
         return sorted({header.file for header in self.headers.values()})
@@ -108,17 +114,33 @@ class FolderSource(Source):
         except ValueError as error:
             raise ValueError(f"{config_path} is not JSON: {error}") from error
         self.config = _complete(raw)
-        self.headers = read_folder(path)
+        self._stored = read_folder(path)
+        self._scales = scale_names(raw, self._stored)
+        block = (raw.get("quantization_config") or {}).get("weight_block_size")
+        self._block = (block[0], block[1]) if block else None
+        self.headers = presented(self._stored, self._scales)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are stored in 8 bits and read in float32."""
+        return bool(self._scales)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
-        """Reads the asked rows only."""
+        """Reads the asked rows only; dequantises them where need be."""
+        if name not in self._scales:
+            return self._read_stored(name, start, stop)
+        scale = self._read_stored(self._scales[name], 0, None)
+        rows = self.headers[name].shape[0]
+        return dequantise(self._read_stored(name, start, stop), scale, start, rows, self._block)
+
+    def _read_stored(self, name: str, start: int, stop: int | None) -> "torch.Tensor":
         import torch
 
-        header = self.headers[name]
+        header = self._stored[name]
         shape = list(header.shape)
         begin, end = header.start, header.stop
         if shape:
-            stop = shape[0] if stop is None else stop
+            stop = shape[0] if stop is None else min(stop, shape[0])
             row = header.nbytes // shape[0] if shape[0] else 0
             shape[0] = stop - start
             begin, end = header.start + start * row, header.start + stop * row

@@ -231,7 +231,15 @@ def default_text() -> str:
 
 
 def load_source(source: Source) -> Any:
-    """The dense model in fp32, by Transformers."""
+    """The dense model in fp32, by Transformers; 8-bit weights as this package dequantises them."""
+    if source.quantised:
+        plain = {key: value for key, value in source.config.items() if key not in ("quantization_config", "dtype")}
+        config = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        state = {name: source.read(name).float() for name in source.headers}
+        if lost := set(model.load_state_dict(state, strict=False).missing_keys) - set(model._tied_weights_keys or ()):
+            raise ValueError(f"{min(lost)} is missing from the source")
+        return model.eval()
     arguments = source.load_arguments()
     if "gguf_file" in arguments:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
