@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .translation_hf_moe import translate
 
@@ -243,6 +243,7 @@ class HfMoeConfig(PreTrainedConfig):
                 "a norm of keys that come from the latent cannot be absorbed"
             )
         self._validate_layers()
+        self._validate_rope()
         self._validate_routing()
 
     def _validate_layers(self) -> None:
@@ -257,6 +258,31 @@ class HfMoeConfig(PreTrainedConfig):
             raise ValueError(f"mlp_layer_types may hold dense and sparse, got {sorted(unknown)}")
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError(f"layer_types has sliding_attention, but sliding_window={self.sliding_window}")
+
+    def _validate_rope(self) -> None:
+        """Errors where Transformers only warns."""
+        parameters: Any = self.rope_parameters
+        by_layer_type = {key: value for key, value in parameters.items() if isinstance(value, dict)}
+        if by_layer_type and (missing := set(self.layer_types) - set(by_layer_type)):
+            raise ValueError(f"rope_parameters has {sorted(by_layer_type)} but not {sorted(missing)} of layer_types")
+        for rope in by_layer_type.values() or [parameters]:
+            rope_type, factor = rope.get("rope_type"), rope.get("factor")
+            if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+                raise ValueError(f"rope_type={rope_type!r} is none of {['default', *ROPE_INIT_FUNCTIONS]}")
+            if factor is not None and factor < 1:
+                raise ValueError(f"factor={factor} of rope_type={rope_type!r} must be at least 1")
+            pairs = self.qk_rope_head_dim // 2
+            for name in ("short_factor", "long_factor"):
+                if rope.get(name) is not None and len(rope[name]) != pairs:
+                    raise ValueError(
+                        f"{name} has {len(rope[name])} numbers, not {pairs} for qk_rope_head_dim={self.qk_rope_head_dim}"
+                    )
+            partial = rope.get("partial_rotary_factor", 1.0)
+            if partial != 1.0 and rope_type != "proportional":
+                raise ValueError(
+                    f"partial_rotary_factor={partial}: all of qk_rope_head_dim={self.qk_rope_head_dim} rotates; what "
+                    f"does not is qk_nope_head_dim={self.qk_nope_head_dim}"
+                )
 
     def _validate_routing(self) -> None:
         if self.n_routed_experts % self.n_group:

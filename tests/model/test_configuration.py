@@ -1,0 +1,107 @@
+"""What a configuration refuses, what it says to Transformers, and every kind of rope against another class."""
+
+import pytest
+import torch
+from conftest import tiny_config
+from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from hf_moe import HfMoeConfig, HfMoeModel
+from hf_moe.model.attention_hf_moe import HfMoeRotaryEmbedding
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0},
+    "longrope": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+    },
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("rope_type", ROPES)
+def test_rope_tables_are_llamas(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, **ROPES[rope_type]}
+    ours = HfMoeRotaryEmbedding(tiny_config(rope_parameters=dict(rope)))
+    llama = LlamaConfig(hidden_size=32, num_attention_heads=4, max_position_embeddings=256, rope_parameters=dict(rope))
+    theirs = LlamaRotaryEmbedding(llama)
+    for length in (10, 400, 20):  # dynamic kinds change with the longest text seen
+        positions, x = torch.arange(length).unsqueeze(0), torch.zeros(1)
+        for mine, expected in zip(ours(x, positions), theirs(x, positions), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads=6 .* num_key_value_heads=4"),
+        ({"n_routed_experts": 60, "n_group": 8}, "n_routed_experts=60 is not divisible by n_group=8"),
+        ({"topk_group": 5}, "topk_group=5 is above n_group=4"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 is above the 4 experts .*n_routed_experts=8"),
+        ({"n_routed_experts": 4}, "n_routed_experts=4 in n_group=4 leaves one"),
+        ({"kv_lora_rank": -1}, "kv_lora_rank=-1 must be at least 1"),
+        ({"q_lora_rank": 0}, "q_lora_rank=0 must be at least 1"),
+        ({"qk_nope_head_dim": -2}, "qk_nope_head_dim=-2 must be at least 0"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim=7 must be even"),
+        ({"qk_norm": "head"}, "qk_norm='head' needs qk_nope_head_dim=0, got 16"),
+        ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers=3"),
+        ({"mlp_layer_types": ["dense"] * 2}, "mlp_layer_types names 2 layers, num_hidden_layers=3"),
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding_window=None"),
+        ({"shared_expert_gate": True, "n_shared_experts": 0}, "shared_expert_gate=True needs n_shared_experts"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type='spiral' is none of"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}}, "factor=0.5 .* at least 1"),
+        (
+            {
+                "rope_parameters": {
+                    **ROPES["longrope"],
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "long_factor": [1.0],
+                }
+            },
+            "long_factor has 1 numbers, not 4 for qk_rope_head_dim=8",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5: all of qk_rope_head_dim=8 rotates",
+        ),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+            r"rope_parameters has \['sliding_attention'\] but not \['full_attention'\]",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_its_numbers(changes, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        tiny_config(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"kv_lora_rank": "512"}, {"scoring_func": "relu"}, {"norm_placement": "side"}])
+def test_types_are_strict(changes):
+    with pytest.raises(StrictDataclassError):
+        HfMoeConfig(**changes)
+
+
+def test_rope_without_its_parameters_is_refused():
+    with pytest.raises(KeyError, match="factor"):
+        tiny_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+
+
+def test_others_find_what_they_ask_for(variant):
+    config = tiny_config(variant)
+    assert config.num_experts == config.num_local_experts == config.n_routed_experts
+    assert config.num_experts_per_tok
+    assert config.moe_intermediate_size
+    assert HfMoeModel.is_backend_compatible()
+    assert HfMoeConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
