@@ -100,6 +100,14 @@ Experts = Annotated[
 TopK = Annotated[int, typer.Option(help="Routed experts a token.", rich_help_panel=MIXTURE)]
 Shards = Annotated[int, typer.Option(help="Parts that split cuts the MLP into.", rich_help_panel=MIXTURE)]
 SharedShards = Annotated[int, typer.Option(help="How many of the shards every token passes.", rich_help_panel=MIXTURE)]
+SplitScale = Annotated[
+    str,
+    typer.Option(
+        help="factor: in the configuration, weights stay as they are. down: on the down-projections, for export to "
+        "classes without a routed factor.",
+        rich_help_panel=MIXTURE,
+    ),
+]
 DropRatio = Annotated[float, typer.Option(help="Share of the neurons that drop draws anew.", rich_help_panel=MIXTURE)]
 NoiseStd = Annotated[float, typer.Option(help="Noise in units of each matrix's deviation.", rich_help_panel=MIXTURE)]
 DenseLayers = Annotated[str, typer.Option(help="Layers that keep their MLP, such as 0,1,5-7.", rich_help_panel=MIXTURE)]
@@ -125,6 +133,7 @@ def plan(
     top_k: TopK = 2,
     shards: Shards = 1,
     shared_shards: SharedShards = 0,
+    split_scale: SplitScale = "factor",
     drop_ratio: DropRatio = 0.5,
     noise_std: NoiseStd = 0.05,
     dense_layers: DenseLayers = "",
@@ -161,6 +170,7 @@ def upcycle(
     top_k: TopK = 2,
     shards: Shards = 1,
     shared_shards: SharedShards = 0,
+    split_scale: SplitScale = "factor",
     drop_ratio: DropRatio = 0.5,
     noise_std: NoiseStd = 0.05,
     dense_layers: DenseLayers = "",

@@ -133,6 +133,7 @@ def command_line(plan: Plan, source: Source, name: str) -> str:
     words.append(f"--experts {options.experts} --top-k {options.top_k}")
     if options.mode == "split":
         words.append(f"--shards {options.shards} --shared-shards {options.shared_shards}")
+        words.append(f"--split-scale {options.split_scale}")
     if options.mode == "drop":
         words.append(f"--drop-ratio {options.drop_ratio}")
     if options.mode == "noise":

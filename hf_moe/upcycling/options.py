@@ -10,6 +10,10 @@ MODES = {
     "noise": "copies with normal noise of noise_std times each matrix's deviation; not exact",
     "branch": "experts from several dense models of one shape in turn, everything else their mean; not exact",
 }
+SPLIT_SCALES = {
+    "factor": "in the configuration's routed_scaling_factor; weights stay the source's numbers",
+    "down": "on the experts' down-projections, for classes without such a factor",
+}
 EXACT_MODES = ("copy", "split")
 ATTENTIONS = {"exact": "grouped-query attention as latent attention, same logits, same cache size"}
 ROUTERS = {
@@ -28,6 +32,7 @@ class Options:
         experts, top_k: E and K of the target. `experts=1` keeps the MLPs dense and converts the attention only.
         shards: into how many parts `split` cuts the MLP; 1 elsewhere.
         shared_shards: how many of them are always on.
+        split_scale: a key of `SPLIT_SCALES`, where the number of routed shards stands that normalised weights lack.
         drop_ratio: share of the neurons that `drop` draws anew. noise_std: strength of `noise`.
         attention: a key of `ATTENTIONS`. router: a key of `ROUTERS`, with `router_std`.
         dense_layers: layers that keep their MLP.
@@ -44,6 +49,7 @@ class Options:
     top_k: int = 2
     shards: int = 1
     shared_shards: int = 0
+    split_scale: str = "factor"
     drop_ratio: float = 0.5
     noise_std: float = 0.05
     attention: str = "exact"
@@ -55,7 +61,13 @@ class Options:
     max_shard_bytes: int = 1_000_000_000
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", MODES), ("attention", ATTENTIONS), ("router", ROUTERS), ("dtype", DTYPES)):
+        for name, known in (
+            ("mode", MODES),
+            ("attention", ATTENTIONS),
+            ("router", ROUTERS),
+            ("split_scale", SPLIT_SCALES),
+            ("dtype", DTYPES),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known are {', '.join(known)}")
         for name in ("experts", "top_k", "shards", "max_shard_bytes"):

@@ -221,7 +221,7 @@ class _Layout:
             "n_shared_experts": options.shared_shards,
             "norm_topk_prob": True,
             # Normalised weights sum to 1 over all shards; each shard's share must be 1.
-            "routed_scaling_factor": float(routed_shards * self.residual),
+            "routed_scaling_factor": self.residual * (routed_shards if options.split_scale == "factor" else 1.0),
         }
         return fields
 
@@ -303,7 +303,8 @@ class _Layout:
             yield from self._mlp(f"{prefix}shared_experts.", layer, 0, stop, self.residual)
         for expert in range(options.experts):
             start = (options.shared_shards + expert % routed) * self.width
-            tensors = self._mlp(f"{prefix}experts.{expert}.", layer, start, start + self.width, 1.0)
+            scale = 1.0 if options.split_scale == "factor" else float(routed)
+            tensors = self._mlp(f"{prefix}experts.{expert}.", layer, start, start + self.width, scale)
             yield from map(self._changed, tensors) if options.mode in ("drop", "noise") else tensors
 
     def branched(self, tensor: TargetTensor) -> TargetTensor:

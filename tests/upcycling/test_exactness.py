@@ -11,6 +11,7 @@ MODES = {
     "copy": {"mode": "copy", "experts": 4, "top_k": 2},
     "split": {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 12, "top_k": 6},
     "split_all_routed": {"mode": "split", "shards": 2, "experts": 6, "top_k": 2},
+    "split_scaled_down": {"mode": "split", "shards": 4, "experts": 8, "top_k": 4, "split_scale": "down"},
     "attention_only": {"experts": 1},
 }
 

@@ -49,6 +49,18 @@ def test_there_and_back(tmp_path, name):
     assert torch.equal(again(ids).logits, ours(ids).logits)
 
 
+@torch.no_grad()
+def test_fine_grained_split_goes_to_mixtral(tmp_path):
+    """With the scale on the down-projections a split needs nothing that Mixtral lacks."""
+    source = save_dense(tmp_path / "dense")
+    split = {"mode": "split", "shards": 4, "experts": 8, "top_k": 4, "split_scale": "down"}
+    folder = upcycle(source, tmp_path / "moe", progress=False, **split)
+    out = export(folder, tmp_path / "theirs", "mixtral", progress=False)
+    ids = random_ids()
+    theirs, dense = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (out, source))
+    assert (theirs - dense).abs().max() <= 1e-5
+
+
 def test_fields_that_servers_read(tmp_path):
     out = export(make(tmp_path, "deepseek_v3"), tmp_path / "theirs", "deepseek_v3", engine="vllm", progress=False)
     config = json.loads((out / "config.json").read_text())
