@@ -275,7 +275,7 @@ class HfMoeConfig(PreTrainedConfig):
             for name in ("short_factor", "long_factor"):
                 if rope.get(name) is not None and len(rope[name]) != pairs:
                     raise ValueError(
-                        f"{name} has {len(rope[name])} numbers, not {pairs} for qk_rope_head_dim={self.qk_rope_head_dim}"
+                        f"{name} has {len(rope[name])} numbers for qk_rope_head_dim={self.qk_rope_head_dim}"
                     )
             partial = rope.get("partial_rotary_factor", 1.0)
             if partial != 1.0 and rope_type != "proportional":

@@ -70,7 +70,7 @@ def test_rope_tables_are_llamas(rope_type):
                     "long_factor": [1.0],
                 }
             },
-            "long_factor has 1 numbers, not 4 for qk_rope_head_dim=8",
+            "long_factor has 1 numbers for qk_rope_head_dim=8",
         ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
