@@ -1,9 +1,9 @@
-"""Time expert layers side by side: ours, Transformers' and those of other packages, on the same inputs in the same minute.
+"""Time expert layers side by side: ours, Transformers' and other packages', on the same inputs in the same minute.
 
-    python examples/benchmarks/experts.py --shapes qwen3-30b olmoe --tokens 8192 32768 --peers grouped_mm sonicmoe liger
+    python examples/benchmarks/experts.py --shapes qwen3-30b olmoe --tokens 8192 32768 --peers grouped_mm sonicmoe
 
-An implementation is checked against float32 first and gets no time when it fails; a peer that is not installed is named and
-skipped. Results go to examples/benchmarks/results/experts-<gpu>.json.
+An implementation is checked against float32 first and gets no time when it fails; a peer that is not installed is named
+and skipped. Results go to examples/benchmarks/results/experts-<gpu>.json.
 
 Letters: T tokens, K experts a token, D hidden, F expert width, E experts.
 """
@@ -174,7 +174,7 @@ def scattermoe() -> Layer:
 
 
 def cublas_balanced() -> Layer:
-    """Batched products on tokens that are already sorted and evenly spread: the arithmetic alone. Its result is no layer's."""
+    """Batched products on tokens already sorted and evenly spread: the arithmetic alone; its result is no layer's."""
 
     def layer(x, index, weight, up, down):
         E, rows = up.shape[0], index.numel() // up.shape[0]
@@ -214,21 +214,21 @@ def errors(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[float]
 
 def milliseconds(run: Callable[[], object], budget_ms: float, flush: torch.Tensor) -> float:
     """The median of repeated runs, each with a cold L2."""
-    times: list[float] = []
     run()
-    spent = 0.0
-    while len(times) < 5 or (spent < budget_ms and len(times) < 100):
-        batch = 1 if spent > budget_ms / 4 else 3
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(batch)]
-        for start, end in events:
-            flush.zero_()
-            start.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        times += [start.elapsed_time(end) for start, end in events]
-        spent = sum(times)
-    return sorted(times)[len(times) // 2]
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    run()
+    torch.cuda.synchronize()
+    # Queued together, so that the GPU need not wait for Python between runs that are long enough.
+    repeats = min(50, max(5, int(budget_ms / 1e3 / (time.monotonic() - began))))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
 
 
 def measure(name: str, layer: Layer, case: Case, rel_error: list[float], budget_ms: float, flush) -> Iterator[dict]:

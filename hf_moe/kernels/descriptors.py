@@ -1,4 +1,4 @@
-"""Hopper's bulk tensor copies: when a tensor can be described for them, and the descriptors that the grouped kernels share."""
+"""Hopper's bulk tensor copies: when a tensor can be described for them, and the descriptors of the grouped kernels."""
 
 import functools
 

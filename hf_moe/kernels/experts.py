@@ -68,7 +68,7 @@ def _activation(act_fn: Any) -> tuple[str, float] | None:
     return _ACTIVATIONS.get(type(act_fn)) or (_ACTIVATIONS.get(act_fn) if not isinstance(act_fn, nn.Module) else None)
 
 
-def gating_of(module: nn.Module) -> "Gating | None":
+def gating_of(module: Any) -> "Gating | None":
     """The formula between a module's two projections, or None when it is not one that the kernels know."""
     from .gating import Gating
 
@@ -83,19 +83,17 @@ def gating_of(module: nn.Module) -> "Gating | None":
     numbers = _GATES.get(where.removesuffix("._apply_gate"))
     if numbers is None:
         return None
-    if "alpha" in numbers:
-        act = ("swish", getattr(module, numbers["alpha"]))
-    else:
-        act = known or ("swish", 1.0)
+    act = ("swish", getattr(module, numbers["alpha"])) if "alpha" in numbers else known or ("swish", 1.0)
     return Gating(
-        *act,
+        act=act[0],
+        alpha=act[1],
         limit=getattr(module, numbers["limit"]),
         up_offset=numbers.get("up_offset", 0.0),
         interleaved=numbers.get("interleaved", False),
     )
 
 
-def _reason_to_fall_back(module: nn.Module, hidden_states: torch.Tensor) -> str | None:
+def _reason_to_fall_back(module: Any, hidden_states: torch.Tensor) -> str | None:
     if hidden_states.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return f"its tensors are on {hidden_states.device.type!r}, and Triton needs a GPU"
     if hidden_states.device.type != "cuda" and module.down_proj.dtype == torch.bfloat16:
@@ -108,18 +106,18 @@ def _reason_to_fall_back(module: nn.Module, hidden_states: torch.Tensor) -> str 
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The experts function that Transformers calls under the name "hf_moe_triton".
 
         out[t] = Σ_k weights[t, k] · (down[e] @ gate(up[e] @ x[t] + up_bias[e]) + down_bias[e])      e = index[t, k]
 
     Args:
-        self: an experts module of Transformers (`@use_experts_implementation`). Its flags are honoured: is_transposed,
+        self: an experts module of Transformers (`@use_experts_implementation`). Its flags count: is_transposed,
             is_concatenated, has_bias, has_gate, and a gate of its own; a gate or activation that the kernels do not know
             runs between two grouped products. Without a GPU, or with has_post_expert_norm, the call goes to
             Transformers' "grouped_mm", and the reason is logged once.
-        hidden_states: (T, D). Under autocast, everything is cast to its dtype; otherwise to the weights' dtype.
+        hidden_states: (T, D). Under autocast everything is cast to its dtype, otherwise to the weights' dtype.
         top_k_index: (T, K). An id that is no expert's (an expert-parallel sentinel) adds exactly zero.
         top_k_weights: (T, K), any float dtype.
     Returns:
@@ -132,11 +130,12 @@ def experts_forward(
         return hf_moe_integration.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     from . import layer
 
-    up, up_bias = (self.gate_up_proj, "gate_up_proj_bias") if self.has_gate else (self.up_proj, "up_proj_bias")
-    tensors = [up, self.down_proj, *((getattr(self, up_bias), self.down_proj_bias) if self.has_bias else (None, None))]
+    name = "gate_up_proj" if self.has_gate else "up_proj"
+    names = (name, "down_proj", *((f"{name}_bias", "down_proj_bias") if self.has_bias else ()))
     kind = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else up.dtype
-    x, up, down, up_bias, down_bias = (None if t is None else t.to(dtype) for t in (hidden_states, *tensors))
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.down_proj.dtype
+    x, up, down, *biases = (t.to(dtype) for t in (hidden_states, *(getattr(self, name) for name in names)))
+    up_bias, down_bias = biases or (None, None)
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     gating = gating_of(self)
@@ -169,12 +168,14 @@ def accelerate(model: Model, *, recompute: bool = False) -> Model:
         ValueError: the model has no experts that Transformers can switch.
     """
     register()
-    experts = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_post_expert_norm")]
+    experts: list[Any] = [
+        m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_post_expert_norm")
+    ]
     hosts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     if not experts or not hosts:
         raise ValueError(
-            f"{type(model).__name__} has {len(experts)} expert modules and {len(hosts)} Transformers models: "
-            "there is nothing to accelerate, since both must be at least 1"
+            f"{type(model).__name__} has {len(experts)} expert modules in {len(hosts)} Transformers models: "
+            "both must be at least 1 for there to be something to accelerate"
         )
     for host in hosts:
         if host._can_set_experts_implementation():

@@ -169,7 +169,7 @@ def gating_gradient(
     Cost: reads h and da, writes dh and wa: 12·N·F bytes in bf16 when gated.
     """
     N, F = da_NF.shape
-    T, K = weight_TK.shape
+    K = weight_TK.shape[1]
     D = dout_TD.shape[1]
     dh_NH, dweight_TK = torch.empty_like(h_NH), torch.empty_like(weight_TK, memory_format=torch.contiguous_format)
     block_f = min(max(power_of_2(F), 16), 1024)

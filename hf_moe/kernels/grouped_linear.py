@@ -52,7 +52,7 @@ def dot_rows(
     """x[first : first + BM] @ w[expert, G column groups].T in fp32; rows from `last` on are unspecified."""
     rows = first + tl.arange(0, BM)
     if not X_TMA:
-        if GATHER:
+        if GATHER:  # noqa: SIM108 Triton compiles only the branch taken of a constexpr `if`
             rows = tl.load(row_ptr + rows, mask=rows < last, other=0) // PER_TOKEN
         else:
             rows = tl.minimum(rows, last - 1)
@@ -190,7 +190,7 @@ def grouped_linear(
     Cost: 2·N·I·O FLOPs, one launch, no host synchronisation.
     Source: dropless grouped computation, arXiv:2211.15841; gather fused as in arXiv:2403.08245.
     """
-    E, n_out, n_in = weight_EOI.shape
+    _, n_out, n_in = weight_EOI.shape
     N = routing.row_N.numel()
     allocate = x.new_zeros if zero_unowned else x.new_empty
     y_NO = allocate((N, n_out))

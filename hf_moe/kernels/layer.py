@@ -26,8 +26,8 @@ _ROUTING = "Tensor row, Tensor position, Tensor offset, Tensor tile"
 _WEIGHTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
 
 _library = torch.library.Library("hf_moe", "FRAGMENT")
-_library.define(f"experts(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {_GATING}, int keep) -> (Tensor, Tensor, "
-                "Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+_library.define(f"experts(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {_GATING}, int keep)"
+                " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
 _library.define(f"experts_backward(Tensor dout, Tensor x, Tensor h, Tensor index, Tensor weight, {_WEIGHTS}, "
                 f"{_ROUTING}, {_GATING}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
 _library.define("route(Tensor index, int n_experts, int tile_rows) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -174,7 +174,7 @@ def _experts_backward_fake(
 
 def _experts_setup(ctx, inputs, output):
     x, index, weight, up, down, up_bias, down_bias, *gating, keep = inputs
-    out, h, *routing = output
+    _, h, *routing = output
     ctx.mark_non_differentiable(h, *routing)
     ctx.set_materialize_grads(False)
     ctx.gating, ctx.keep = gating, keep
@@ -231,8 +231,8 @@ def experts(
     Gradients: everything but index. A frozen tensor's is not computed. An expert without rows gets exactly zero.
     Kept for backward: x, h (N·H, unless recomputed), index, weight, and some 9·N bytes of row numbers.
     Cost: 2·N·D·(H + F) FLOPs forward, twice that backward; no host synchronisation, no atomics.
-    Source: dropless grouped computation, arXiv:2211.15841; gathers fused, arXiv:2403.08245; dw = ⟨downᵀ dout, a⟩ so that
-        the rows of output need not be kept, arXiv:2512.14080.
+    Source: dropless grouped computation, arXiv:2211.15841; gathers fused, arXiv:2403.08245; dw = ⟨downᵀ dout, a⟩ so
+        that the rows of output need not be kept, arXiv:2512.14080.
     """
     differentiable = (x_TD, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED)
     keep = KEEP_NOTHING
@@ -284,7 +284,7 @@ def _grouped_linear_backward(dy, x, weight, row, position, offset, tile, tile_ro
 
 
 def _grouped_linear_setup(ctx, inputs, output):
-    x, weight, bias, *routing, ctx.tile_rows, ctx.per_token = inputs
+    x, weight, _, *routing, ctx.tile_rows, ctx.per_token = inputs
     ctx.save_for_backward(x, weight, *routing)
 
 

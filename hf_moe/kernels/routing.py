@@ -1,4 +1,4 @@
-"""Which sorted row belongs to which expert, found on the device: a counting sort without host synchronisation or atomics.
+"""Which sorted row belongs to which expert, found on the device: a counting sort without synchronisation or atomics.
 
 Letters: T tokens, K experts a token, N = T·K routes, E experts.
 """
@@ -40,7 +40,7 @@ class Routing(NamedTuple):
 
 
 def tile_capacity(n_routes, n_experts):
-    """Room for the lowest tiles there are, so that a compiled graph need not know which are chosen. Takes symbolic sizes."""
+    """Room for the lowest tiles there are: a compiled graph need not know which are chosen. Takes symbolic sizes."""
     return torch.sym_min((n_routes + 15) // 16 + n_experts, n_routes)
 
 
@@ -141,10 +141,9 @@ def route(index_TK: torch.Tensor, n_experts: int, tile_rows: int) -> Routing:
 
     scratch = torch.empty((n_experts + 1) * (n_blocks + 1), dtype=torch.int32, device=device)
     count, total = scratch[n_experts + 1 :], scratch
-    routing = Routing(
-        *(torch.empty(size, dtype=torch.int32, device=device) for size in (N, N, n_experts + 1, 3 * capacity + 1)),
-        tile_rows,
-    )
+    sizes = (N, N, n_experts + 1, 3 * capacity + 1)
+    row, position, offset, tile = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
+    routing = Routing(row, position, offset, tile, tile_rows)
     _count_kernel[(n_blocks,)](index_TK, count, N, n_experts, n_blocks, block, bins)
     _scan_kernel[(n_experts + 1,)](count, total, n_blocks, chunk)
     _place_kernel[(n_blocks + cdiv(routing.max_tiles, tile_block),)](

@@ -1,6 +1,6 @@
 """Tile choices as data: which block shapes each kernel uses on which GPU, and a rule for what no table lists.
 
-Nothing is timed at the first call. `tune` times the candidates on this machine and writes a table that later processes read.
+Nothing is timed at the first call. `tune` times candidates on this machine and writes a table for later processes.
 """
 
 import functools
@@ -39,7 +39,7 @@ def _wide(stages: int, **more) -> Tile:
     return Tile(128, 256, 64, 8, stages, **more)
 
 
-# One program a multiprocessor, its tiles in one pipeline, results stored by the copy engine: the winner on every large shape.
+# One program a multiprocessor, its tiles in one pipeline, results stored by the copy engine: wins on every large shape.
 _FLOW = _wide(4, per_sm=1, flatten=True, tma_store=True)
 _ROWS = {
     0: Tile(16, 128, 128, 4, 4),
@@ -51,7 +51,7 @@ _ROWS = {
 _ANY = {0: Tile(16, 64, 64, 4, 3), 32: Tile(64, 128, 32, 4, 3)}
 _SIDES = {0: Tile(128, 128, 64, 4, 3, per_sm=2, flatten=True, tma_store=True), 96: _FLOW}
 
-# op → (rows an expert, at least) → tile, 16-bit operands on Hopper. Every op of a layer has the same m where it walks rows.
+# op → (rows an expert, at least) → tile, 16-bit operands on Hopper. Ops that walk a layer's rows share their m.
 HOPPER: dict[str, dict[int, Tile]] = {
     "up": _ROWS,
     "up_inference": _ROWS,
@@ -101,8 +101,8 @@ def _tables(device: torch.device) -> dict[str, dict[int, Tile]]:
 def choose(op: str, device: torch.device, dtype: torch.dtype, rows_per_expert: int) -> Tile:
     """The tile of `op` for a layer whose experts own this many rows on average.
 
-    A row count that no table lists takes the entry below it; float32, and GPUs that are not Hopper, take blocks small enough
-    for any of them.
+    A row count that no table lists takes the entry below it; float32, and GPUs other than Hopper, take blocks that fit
+    any of them.
     """
     if device.type != "cuda":
         return Tile(16, 32, 32, 4, 2)
@@ -147,8 +147,8 @@ def tune(
 ) -> Path:
     """Time tiles for layers of these sizes on this machine's GPU, and save the best for later processes.
 
-    One op after the other, the whole layer is timed forward and backward with each candidate in its place. A candidate that
-    does not compile or does not fit is passed over.
+    One op after the other, the whole layer is timed forward and backward with each candidate in its place. A candidate
+    that does not compile or does not fit is passed over.
 
     Args:
         shapes: (hidden, expert width, experts, experts a token) of each layer.

@@ -1,4 +1,4 @@
-"""The first projection of every expert, its rows gathered from the tokens and the gate applied before anything is stored.
+"""The first projection of every expert: rows gathered from the tokens, the gate applied before anything is stored.
 
 Letters: T tokens, K experts a token, N = T·K routed rows, D hidden, F expert width, H = 2F (gated) or F, E experts.
 """
@@ -164,10 +164,11 @@ def up_projection(
         gating: see `Gating`; it also names the order of weight's rows.
         store_h, store_a: which of the two to write.
     Returns:
-        (h_NH or None, a_NF or None). The gate reads h as it is stored, rounded to x's dtype. Rows of no expert stay unwritten.
+        (h_NH or None, a_NF or None). The gate reads h as it is stored, rounded to x's dtype. Rows of no expert stay
+        unwritten.
     Cost: 2·N·D·H FLOPs; not storing h saves 2·N·H bytes.
     """
-    E, n_h, n_in = weight_EHD.shape
+    _, n_h, n_in = weight_EHD.shape
     F, N = n_h // gating.fan, routing.row_N.numel()
     groups = 2 if gating.gated and not gating.interleaved else 1
     h_NH = x.new_empty((N, n_h)) if store_h else None

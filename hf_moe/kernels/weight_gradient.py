@@ -42,7 +42,9 @@ def _block_of(work, out_tiles, in_tiles, BM: tl.constexpr, BN: tl.constexpr, GRO
 
 
 @triton.jit
-def _store_block(dw, dw_ptr, total, expert, out, column, N_OUT, N_IN, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _store_block(
+    dw, dw_ptr, total, expert, out, column, N_OUT, N_IN, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     value = total.to(dw_ptr.dtype.element_ty)
     if TMA:
         # Two halves: the staging buffer is half as large, which leaves room for one more stage of loads.

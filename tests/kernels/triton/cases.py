@@ -18,7 +18,7 @@ class Shape:
     F: int
     E: int
     K: int
-    # "uniform", "one" (all tokens to one expert), "gap" (expert 0 gets nothing) or "sentinels" (some routes have no expert)
+    # "uniform", "one" (all to one expert), "gap" (expert 0 gets nothing), "sentinels" (some routes have no expert)
     routes: str = "uniform"
 
 

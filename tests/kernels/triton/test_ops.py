@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import DEVICE, NAMED, Shape, assert_as_good, index, normal, poison, shapes
+from cases import NAMED, Shape, assert_as_good, index, normal, poison, shapes
 from hypothesis import given, settings
 
-from hf_moe.kernels import reference, tuning
+from hf_moe.kernels import reference
 from hf_moe.kernels.combine import combine, spread
 from hf_moe.kernels.gating import Gating, gating_gradient
 from hf_moe.kernels.grouped_linear import grouped_linear
@@ -17,7 +17,6 @@ from hf_moe.kernels.weight_gradient import bias_gradient, weight_gradient
 PLAIN = Tile(16, 32, 16, 4, 2, group=2)
 TILES = {
     "plain": PLAIN,
-    "persistent": PLAIN._replace(per_sm=1),
     "pipelined": PLAIN._replace(per_sm=1, flatten=True),
     "bulk stores": PLAIN._replace(tma_store=True),
     "all": PLAIN._replace(per_sm=1, flatten=True, tma_store=True),
@@ -184,12 +183,3 @@ def test_bias_gradient(shape):
         wide = [None if a is None else a.double() for a in args]
         truth = reference.bias_gradient(wide[0], routing.offset_E1, wide[1])
         assert_as_good(found, reference.bias_gradient(args[0], routing.offset_E1, args[1]), truth)
-
-
-def test_every_tile_of_a_layer_walks_rows_of_one_height():
-    for table in (tuning.HOPPER,):
-        rows = [op for op in table if not op.endswith("_gradient") or op in ("gate_gradient", "x_gradient")]
-        for bucket in {least for op in rows for least in table[op]}:
-            heights = {tuning._at(table[op], bucket).m for op in rows}
-            assert len(heights) == 1, (bucket, heights)
-    assert DEVICE in ("cpu", "cuda")
