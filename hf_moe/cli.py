@@ -194,7 +194,8 @@ def upcycle(
 
         options, target = _options(choices), check_target(out)
         path = convert(open_source([source, *(branch or [])]), target, options, progress=not quiet)
-        typer.echo(f"{path} is ready. Prove it with: hf-moe verify {source} {out}")
+        others = "".join(f" --branch {each}" for each in branch or [])
+        typer.echo(f"{path} is ready. Prove it with: hf-moe verify {source} {out}{others}")
 
 
 @app.command()
