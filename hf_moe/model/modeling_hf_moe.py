@@ -307,7 +307,20 @@ class HfMoeModel(HfMoePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """Arguments and result are those of every decoder of Transformers."""
+        """Arguments and result are those of every decoder of Transformers.
+
+        Raises:
+            ValueError: a trainer asks for router logits without the head, to compute Mixtral's loss of them, and this
+                router is not Mixtral's (TRL's SFTTrainer does so).
+        """
+        wants_logits = self.training and kwargs.get("output_router_logits") and self.config.router_aux_loss_coef
+        if not kwargs.pop("from_own_head", False) and wants_logits:
+            router = self.config.scoring_func, self.config.topk_method
+            if router != ("softmax", "greedy"):
+                raise ValueError(
+                    f"router_aux_loss_coef={self.config.router_aux_loss_coef} outside of {type(self).__name__}'s own "
+                    f"head would be that of a greedy softmax router, but this one is {router}; set router_aux_loss_coef=0"
+                )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -399,6 +412,7 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits or add_auxiliary,
+            from_own_head=True,
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)

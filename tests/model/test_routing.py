@@ -122,3 +122,15 @@ def test_one_batch_equals_eight_micro_batches():
     aux = [model(ids[i : i + 1], labels=ids[i : i + 1]).aux_loss for i in range(8)]
     cross_entropy = model.eval()(ids, labels=ids).loss
     torch.testing.assert_close(sum(parts), cross_entropy + torch.stack(aux).mean())
+
+
+def test_a_trainer_that_skips_the_head_gets_no_wrong_auxiliary_loss():
+    ids = random_ids(2, 9)
+    softmax = tiny_model("gqa", router_aux_loss_coef=0.5).train()
+    assert len(softmax.base_model(ids, output_router_logits=True).router_logits) == 2
+    sigmoid = tiny_model("deepseek_v3", router_aux_loss_coef=0.5).train()
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0.5 outside .* \('sigmoid', 'noaux_tc'\)"):
+        sigmoid.base_model(ids, output_router_logits=True)
+    assert sigmoid(ids, labels=ids, output_router_logits=True).aux_loss > 0
+    sigmoid.config.router_aux_loss_coef = 0.0
+    assert len(sigmoid.base_model(ids, output_router_logits=True).router_logits) == 2
