@@ -114,8 +114,8 @@ def experts_forward(
 
     Args:
         self: an experts module of Transformers (`@use_experts_implementation`). Its flags count: is_transposed,
-            is_concatenated, has_bias, has_gate, and a gate of its own; a gate or activation that the kernels do not know
-            runs between two grouped products. Without a GPU, or with has_post_expert_norm, the call goes to
+            is_concatenated, has_bias, has_gate, and a gate of its own; a gate or activation that the kernels do not
+            know runs between two grouped products. Without a GPU, or with has_post_expert_norm, the call goes to
             Transformers' "grouped_mm", and the reason is logged once.
         hidden_states: (T, D). Under autocast everything is cast to its dtype, otherwise to the weights' dtype.
         top_k_index: (T, K). An id that is no expert's (an expert-parallel sentinel) adds exactly zero.

