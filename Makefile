@@ -1,6 +1,7 @@
 # make demo   a real dense model becomes a mixture, is verified, fine-tuned and heard (about 15 minutes on 2 cores)
 # make test   lint, types and tests
-# Both make .venv themselves, with the versions in constraints.txt. PYTHON=python3.12 chooses the interpreter.
+# make transformers-suite   Transformers' own common tests of the installed version against our classes (2 minutes)
+# All make .venv themselves, with the versions in constraints.txt. PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,13 +9,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHECKPOINT := $(VENV)/.checkpoint
 
-.PHONY: demo test lint clean
+.PHONY: demo test transformers-suite lint clean
 
 demo: $(CHECKPOINT)
 	$(BIN)/hf-moe demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+transformers-suite: $(INSTALLED)
+	$(BIN)/python tests/transformers_suite/run.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -319,7 +319,7 @@ class HfMoeModel(HfMoePreTrainedModel):
             if router != ("softmax", "greedy"):
                 raise ValueError(
                     f"router_aux_loss_coef={self.config.router_aux_loss_coef} outside of {type(self).__name__}'s own "
-                    f"head would be that of a greedy softmax router, but this one is {router}; set router_aux_loss_coef=0"
+                    f"head would be that of a greedy softmax router, and this one is {router}: set it to 0"
                 )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
