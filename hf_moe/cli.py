@@ -146,7 +146,7 @@ def plan(
     """Say what a conversion would give and take, from the headers of the weights alone. Writes nothing."""
     choices = dict(locals())
     with one_sentence():
-        from .upcycling.plan import make_plan
+        from .upcycling.layout import make_plan
         from .upcycling.sources import open_source
         from .upcycling.summary import summarise
 

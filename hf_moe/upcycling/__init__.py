@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .convert import upcycle
     from .exchange import export, import_mixture
+    from .layout import make_plan
     from .options import Options
-    from .plan import Plan, make_plan
+    from .plan import Plan
     from .publish import push
     from .sources import open_source
     from .verification import VerificationError, verify
@@ -22,7 +23,7 @@ _HOMES = {
     "VerificationError": "verification",
     "export": "exchange",
     "import_mixture": "exchange",
-    "make_plan": "plan",
+    "make_plan": "layout",
     "open_source": "sources",
     "push": "publish",
     "upcycle": "convert",

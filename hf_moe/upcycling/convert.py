@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .card import write_card
+from .gguf_source import GgufSource
 from .headers import INDEX_NAME
 from .journal import JOURNAL_NAME, Journal
+from .layout import make_plan
 from .options import Options
-from .plan import Plan, make_plan
+from .plan import Plan
 from .progress import byte_bar
-from .sources import COPIED_FILES, FolderSource, GgufSource, Source, open_source
+from .sources import COPIED_FILES, FolderSource, Source, open_source
 from .stream import write_weights
 
 PROVENANCE_NAME = "provenance.json"

@@ -8,12 +8,11 @@ import mmap
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .headers import ITEM_SIZE, TensorHeader, read_folder
+from .headers import TensorHeader, read_folder
 from .quantised import dequantise, presented, scale_names
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ class FolderSource(Source):
             raw = json.loads(config_path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{config_path} is not JSON: {error}") from error
-        self.config = _complete(raw)
+        self.config = complete(raw)
         self._stored = read_folder(path)
         self._scales = scale_names(raw, self._stored)
         block = (raw.get("quantization_config") or {}).get("weight_block_size")
@@ -174,214 +173,6 @@ class FolderSource(Source):
         return match[1] if match else None
 
 
-class RemoteSource(Source):
-    """A repository of the Hub of which only the configuration and the headers are fetched."""
-
-    def __init__(self, location: str):
-        from huggingface_hub import HfApi, hf_hub_download
-        from huggingface_hub.errors import NotASafetensorsRepoError
-
-        repository, _, revision = location.partition("@")
-        with _hub_errors(location):
-            path = Path(hf_hub_download(repository, "config.json", revision=revision or None))
-            try:
-                metadata = HfApi().get_safetensors_metadata(repository, revision=revision or None)
-            except NotASafetensorsRepoError as error:
-                raise ValueError(f"{location} holds no weights: no safetensors files") from error
-        super().__init__(location, path.parent, revision or path.parent.name)
-        self.config = _complete(json.loads(path.read_text(encoding="utf-8")))
-        self.headers = {
-            name: TensorHeader(tensor.dtype, tuple(tensor.shape), Path(file), *tensor.data_offsets)
-            for file, content in metadata.files_metadata.items()
-            for name, tensor in content.tensors.items()
-        }
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
-        """Never: the weights are not here."""
-        raise ValueError(f"{self.location} was opened for its headers only")
-
-    def load_arguments(self) -> dict[str, Any]:
-        """The repository."""
-        return {"pretrained_model_name_or_path": self.location.partition("@")[0], "revision": self.revision}
-
-    def license(self) -> str | None:
-        """Not fetched."""
-        return None
-
-
-class GgufSource(Source):
-    """A GGUF file: quantised tensors are dequantised one at a time, in float32.
-
-    Names, and the order of query and key rows, are Transformers' own; `read` gives what
-    `from_pretrained(gguf_file=...)` gives.
-    """
-
-    def __init__(self, location: str, path: Path):
-        super().__init__(location, path)
-        import gguf
-        from transformers import AutoConfig
-
-        with _gguf_errors(path):
-            self._reader = gguf.GGUFReader(path)
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        self.config = config.to_dict()
-        self.config.pop("_model_name_or_path", None)
-        stored = {tensor.name: tensor for tensor in self._reader.tensors}
-        if "rope_freqs.weight" in stored:
-            raise ValueError(
-                f"{path.name} carries rope frequency factors (rope_freqs.weight), which its configuration cannot "
-                "express; convert the safetensors folder of this model"
-            )
-        self._stored = self._hf_names(stored)
-        self.headers = {name: self._header(tensor) for name, tensor in self._stored.items()}
-
-    def _hf_names(self, stored: dict[str, Any]) -> dict[str, Any]:
-        import gguf
-
-        from .families import family_of
-
-        family = family_of(self.config)
-        architecture = family.gguf_architecture
-        enum = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
-        layers = self.config["num_hidden_layers"]
-        names = gguf.get_tensor_name_map(enum, layers)
-        table = {}
-        for name in family.source_names(layers):
-            stem, _, suffix = name.rpartition(".")
-            gguf_name = f"{names.get_name(stem)}.{suffix}"
-            if gguf_name in stored:
-                table[name] = stored[gguf_name]
-        if unknown := sorted(stored.keys() - {tensor.name for tensor in table.values()}):
-            raise ValueError(f"{unknown[0]} is no tensor of {family.architecture}, and would be lost")
-        return table
-
-    def _header(self, tensor: Any) -> TensorHeader:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        dtype = {"F16": "F16", "BF16": "BF16"}.get(tensor.tensor_type.name, "F32")
-        count = 1
-        for n in shape:
-            count *= n
-        # The size is that of the dequantised tensor, which is what the plan needs to know.
-        return TensorHeader(dtype, shape, self.path, 0, count * ITEM_SIZE[dtype])
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
-        """Dequantises the whole tensor, then takes the rows."""
-        import gguf
-        import torch
-
-        from .families import family_of
-
-        tensor = self._stored[name]
-        dequantised = gguf.dequantize(tensor.data, tensor.tensor_type)
-        data = torch.from_numpy(dequantised.copy()).to(torch_dtype(self.headers[name].dtype))
-        family = family_of(self.config)
-        if family.gguf_norm_offset and "norm" in tensor.name:
-            data = data - family.gguf_norm_offset
-        if family.gguf_permuted_heads:
-            heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
-            for part, field in heads.items():
-                if f".{part}." in tensor.name:
-                    data = _unpermute(data, self.config[field])
-        return data[start:stop]
-
-    def load_arguments(self) -> dict[str, Any]:
-        """The folder and the file."""
-        return {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
-
-    def has_tokenizer(self) -> bool:
-        """Whether the file holds a vocabulary."""
-        return self._reader.get_field("tokenizer.ggml.tokens") is not None
-
-    def license(self) -> str | None:
-        """`general.license` of the file."""
-        field = self._reader.get_field("general.license")
-        return None if field is None else str(field.contents())
-
-
-class BranchedSource(Source):
-    """Several sources of one shape; the first speaks for all but the weights.
-
-    Raises:
-        ValueError: families, sizes, tensors or vocabularies that differ.
-    """
-
-    def __init__(self, sources: list[Source]):
-        first = sources[0]
-        super().__init__(first.location, first.path, first.revision)
-        self._sources = sources
-        self.config, self.headers = first.config, first.headers
-        for other in sources[1:]:
-            self._compare(first, other)
-
-    @staticmethod
-    def _compare(first: Source, other: Source) -> None:
-        from .families import family_of
-
-        fields = [family_of(source.config).target_fields(source.config) for source in (first, other)]
-        pairs = {"model_type": (first.config["model_type"], other.config["model_type"])}
-        # Ids of special tokens and initialisation do not change what a weight means.
-        ignored = {"initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"}
-        pairs |= {name: (value, fields[1][name]) for name, value in fields[0].items() if name not in ignored}
-        for name, (mine, theirs) in pairs.items():
-            if mine != theirs:
-                raise ValueError(
-                    f"{other.title} has {name}={theirs!r}, {first.title} has {mine!r}: branches must agree"
-                )
-        if differing := sorted(first.headers.keys() ^ other.headers.keys()):
-            raise ValueError(f"{differing[0]} is in one of {first.title} and {other.title} only: branches must agree")
-        for name, header in first.headers.items():
-            if header.shape != other.headers[name].shape:
-                raise ValueError(
-                    f"{name} is {list(header.shape)} in {first.title} and {list(other.headers[name].shape)} in "
-                    f"{other.title}: branches must agree"
-                )
-        words = first.vocabulary(), other.vocabulary()
-        if words[0] is not None and words[1] is not None and words[0] != words[1]:
-            raise ValueError(f"{first.title} and {other.title} have other vocabularies: branches must agree")
-
-    @property
-    def branches(self) -> list[Source]:
-        """All of them, in order."""
-        return self._sources
-
-    @property
-    def title(self) -> str:
-        """All names."""
-        return " + ".join(source.title for source in self._sources)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
-        """Of the first."""
-        return self._sources[0].read(name, start, stop)
-
-    def load_arguments(self) -> dict[str, Any]:
-        """Of the first."""
-        return self._sources[0].load_arguments()
-
-    def license(self) -> str | None:
-        """The one that all state; None when they differ."""
-        names = {source.license() for source in self._sources}
-        return names.pop() if len(names) == 1 else None
-
-    def fingerprint(self) -> list[list[Any]]:
-        """Of all."""
-        return [entry for source in self._sources for entry in source.fingerprint()]
-
-
-def _unpermute(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
-    """Rows from llama.cpp's order (pairs 0,1 rotate together) to Transformers' (i, i + P/2)."""
-    width = weight.shape[0] // heads
-    return weight.unflatten(0, (heads, width // 2, 2)).transpose(1, 2).reshape(weight.shape).contiguous()
-
-
-@contextmanager
-def _gguf_errors(path: Path) -> Iterator[None]:
-    # gguf's reader maps the file and answers damage with whatever NumPy raised.
-    try:
-        yield
-    except (ValueError, KeyError, IndexError, TypeError, OSError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"{path.name} is not a GGUF file that can be read: {error}") from error
-
-
 def torch_dtype(name: str) -> "torch.dtype":
     """The torch dtype of a safetensors type name."""
     import torch
@@ -403,7 +194,7 @@ def torch_dtype(name: str) -> "torch.dtype":
     return names[name]
 
 
-def _complete(raw: dict[str, Any]) -> dict[str, Any]:
+def complete(raw: dict[str, Any]) -> dict[str, Any]:
     """A configuration as its class fills it in, old spellings of rope included."""
     from .families import family_of
 
@@ -428,6 +219,8 @@ def open_source(source: str | Path | list[str | Path], *, headers_only: bool = F
     """
     if isinstance(source, list):
         sources = [open_source(each, headers_only=headers_only) for each in source]
+        from .branches import BranchedSource
+
         return BranchedSource(sources) if len(sources) > 1 else sources[0]
     path = Path(source).expanduser()
     if path.is_dir():
@@ -435,31 +228,11 @@ def open_source(source: str | Path | list[str | Path], *, headers_only: bool = F
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path.name} is neither a folder, a .gguf file nor a Hub id")
+        from .gguf_source import GgufSource
+
         return GgufSource(str(source), path)
     if _HUB_ID.fullmatch(str(source)):
-        return (RemoteSource if headers_only else _open_hub)(str(source))
+        from .hub_source import RemoteSource, download
+
+        return RemoteSource(str(source)) if headers_only else download(str(source))
     raise ValueError(f"{source} does not exist, and is not a Hub id of the form owner/name")
-
-
-def _open_hub(source: str) -> Source:
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = source.partition("@")
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", *COPIED_FILES]
-    with _hub_errors(source):
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-    return FolderSource(source, Path(folder), revision=Path(folder).name)
-
-
-@contextmanager
-def _hub_errors(source: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise ConnectionError(f"the Hub refused {source!r}: {' '.join(str(error).split())[:300]}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
-        raise ConnectionError(
-            f"{source!r} is no folder here and the Hub cannot be reached: check the name and the network"
-        ) from error

@@ -19,8 +19,9 @@ import transformers
 from .card import add_measurements
 from .convert import PROVENANCE_NAME
 from .headers import read_folder
+from .layout import make_plan
 from .options import EXACT_MODES, Options
-from .plan import Plan, make_plan
+from .plan import Plan
 from .progress import byte_bar, step_bar
 from .sources import Source, open_source
 from .stream import ahead, hash_bytes, produce

@@ -55,7 +55,7 @@ package = types.ModuleType("hf_moe")
 package.__path__ = list(importlib.util.find_spec("hf_moe").submodule_search_locations)
 sys.modules["hf_moe"] = package
 from hf_moe.upcycling.options import Options
-from hf_moe.upcycling.plan import make_plan
+from hf_moe.upcycling.layout import make_plan
 from hf_moe.upcycling.sources import open_source
 from hf_moe.upcycling.summary import summarise
 source = open_source({str(source)!r})
