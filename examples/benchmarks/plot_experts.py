@@ -25,7 +25,7 @@ COLORS = {
 def draw(result: dict, routing: str, direction: str, path: Path) -> None:
     rows = [r for r in result["rows"] if r["routing"] == routing and r["pass"] == direction]
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
-    figure, panels = plt.subplots(1, len(shapes), figsize=(3.2 * len(shapes), 3.4), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(shapes), figsize=(3.2 * len(shapes), 3.7), sharey=True, squeeze=False)
     for panel, shape in zip(panels[0], shapes, strict=True):
         tokens = sorted({r["tokens"] for r in rows if r["shape"] == shape})
         found = {(r["impl"], r["tokens"]): r["tflops"] for r in rows if r["shape"] == shape}
@@ -38,11 +38,11 @@ def draw(result: dict, routing: str, direction: str, path: Path) -> None:
         panel.set_title(shape, fontsize=10)
         panel.set_xlabel("tokens")
     panels[0][0].set_ylabel("TFLOP/s")
-    panels[0][0].legend(fontsize=7, loc="upper left")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=len(COLORS))
     figure.suptitle(
         f"{direction}, bf16, {routing} routing, {result['device']} (dotted: a large matrix product)", fontsize=11
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

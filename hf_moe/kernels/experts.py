@@ -38,7 +38,7 @@ _ACTIVATIONS: dict[Any, tuple[str, float]] = {
     hf_activations.ReLUSquaredActivation: ("relu2", 1.0),
 }
 
-# Gates of Transformers' models that differ from the default: the method, then the attributes that hold its numbers.
+# Gates of Transformers' models that differ from the default: the class, then the attributes that hold its numbers.
 _GATES: dict[str, dict[str, Any]] = {
     "gpt_oss.modeling_gpt_oss.GptOssExperts": {
         "alpha": "alpha",
@@ -79,8 +79,9 @@ def gating_of(module: Any) -> "Gating | None":
     if method is hf_moe_integration._default_apply_gate:
         # That gate reads [gate; up]. A class that says otherwise is believed through its own gate, unfused.
         return None if known is None or not module.is_concatenated else Gating(*known)
-    where = f"{method.__module__}.{method.__qualname__}".removeprefix("transformers.models.")
-    numbers = _GATES.get(where.removesuffix("._apply_gate"))
+    # By class name: a subclass may have a gate of its own, and Dynamo misreads the name of a method.
+    where = (type(module).__module__ + "." + type(module).__name__).removeprefix("transformers.models.")
+    numbers = _GATES.get(where)
     if numbers is None:
         return None
     act = ("swish", getattr(module, numbers["alpha"])) if "alpha" in numbers else known or ("swish", 1.0)

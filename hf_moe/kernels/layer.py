@@ -31,10 +31,10 @@ _library.define(f"experts(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {_G
 _library.define(f"experts_backward(Tensor dout, Tensor x, Tensor h, Tensor index, Tensor weight, {_WEIGHTS}, "
                 f"{_ROUTING}, {_GATING}, bool[] needs)"
                 " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
-_library.define("route(Tensor index, int n_experts, int tile_rows) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(f"grouped_linear(Tensor x, Tensor weight, Tensor? bias, {_ROUTING}, int tile_rows, int per_token)"
+_library.define("route(Tensor index, Tensor x, int n_experts) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"grouped_linear(Tensor x, Tensor weight, Tensor? bias, {_ROUTING}, int per_token)"
                 " -> Tensor")  # fmt: skip
-_library.define(f"grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, {_ROUTING}, int tile_rows, "
+_library.define(f"grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, {_ROUTING}, "
                 "int per_token, bool[] needs) -> (Tensor, Tensor, Tensor)")  # fmt: skip
 
 
@@ -245,17 +245,22 @@ def experts(
     return out
 
 
-def _route(index, n_experts, tile_rows):
-    return tuple(route(index, n_experts, tile_rows)[:4])
+def _row_tile(x: Tensor, n_routes: int, n_experts: int) -> int:
+    return tuning.choose("up", x.device, x.dtype, n_routes // n_experts).m
 
 
-def _route_fake(index, n_experts, tile_rows):
+def _route(index, x, n_experts):
+    return tuple(route(index, n_experts, _row_tile(x, index.numel(), n_experts))[:4])
+
+
+def _route_fake(index, x, n_experts):
     N = index.numel()
     sizes = (N, N, n_experts + 1, 3 * tile_capacity(N, n_experts) + 1)
     return tuple(index.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
-def _grouped_linear(x, weight, bias, row, position, offset, tile, tile_rows, per_token):
+def _grouped_linear(x, weight, bias, row, position, offset, tile, per_token):
+    tile_rows = _row_tile(x, row.numel(), weight.shape[0])
     routing, weight = Routing(row, position, offset, tile, tile_rows), _dense(weight)
     choice = tuning.choose("down", x.device, x.dtype, row.numel() // weight.shape[0])._replace(m=tile_rows)
     return grouped_linear(
@@ -263,7 +268,8 @@ def _grouped_linear(x, weight, bias, row, position, offset, tile, tile_rows, per
     )
 
 
-def _grouped_linear_backward(dy, x, weight, row, position, offset, tile, tile_rows, per_token, needs):
+def _grouped_linear_backward(dy, x, weight, row, position, offset, tile, per_token, needs):
+    tile_rows = _row_tile(x, row.numel(), weight.shape[0])
     routing, weight = Routing(row, position, offset, tile, tile_rows), _dense(weight)
     dy, x, none = dy.contiguous(), _rows(x), dy.new_empty(0)
     dx = dweight = dbias = none
@@ -285,15 +291,15 @@ def _grouped_linear_backward(dy, x, weight, row, position, offset, tile, tile_ro
 
 
 def _grouped_linear_setup(ctx, inputs, output):
-    x, weight, _, *routing, ctx.tile_rows, ctx.per_token = inputs
+    x, weight, _, *routing, ctx.per_token = inputs
     ctx.save_for_backward(x, weight, *routing)
 
 
 def _grouped_linear_autograd(ctx, dy):
     x, weight, *routing = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    found = torch.ops.hf_moe.grouped_linear_backward(dy, x, weight, *routing, ctx.tile_rows, ctx.per_token, needs)
-    return *(g if need else None for g, need in zip(found, needs, strict=True)), *([None] * 6)
+    found = torch.ops.hf_moe.grouped_linear_backward(dy, x, weight, *routing, ctx.per_token, needs)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), *([None] * 5)
 
 
 _implement("route")(_route)
@@ -307,7 +313,7 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "hf_moe::grouped_linear_backward",
-    lambda dy, x, weight, row, position, offset, tile, tile_rows, per_token, needs: (
+    lambda dy, x, weight, row, position, offset, tile, per_token, needs: (
         torch.empty_like(x) if needs[0] else dy.new_empty(0),
         torch.empty_like(weight) if needs[1] else dy.new_empty(0),
         dy.new_empty(weight.shape[:2]) if needs[2] else dy.new_empty(0),
@@ -328,10 +334,9 @@ def experts_with_gate(x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, d
     if index_TK.shape[0] == 0:
         return x_TD * 1
     T, K = index_TK.shape
-    rows = tuning.choose("up", x_TD.device, x_TD.dtype, tuning.hint(T) * K // up_EHD.shape[0]).m
-    routing = torch.ops.hf_moe.route(index_TK, up_EHD.shape[0], rows)
-    h_NH = torch.ops.hf_moe.grouped_linear(x_TD, up_EHD, up_bias_EH, *routing, rows, K)
-    y_ND = torch.ops.hf_moe.grouped_linear(gate(h_NH), down_EDF, down_bias_ED, *routing, rows, 0)
+    routing = torch.ops.hf_moe.route(index_TK, x_TD, up_EHD.shape[0])
+    h_NH = torch.ops.hf_moe.grouped_linear(x_TD, up_EHD, up_bias_EH, *routing, K)
+    y_ND = torch.ops.hf_moe.grouped_linear(gate(h_NH), down_EDF, down_bias_ED, *routing, 0)
     position_N = routing[1]
     owned_TK1 = (position_N >= 0).view(T, K, 1)
     y_TKD = y_ND[position_N.clamp(min=0)].view(T, K, -1)

@@ -74,13 +74,6 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def hint(size) -> int:
-    """A number for a possibly symbolic size."""
-    if isinstance(size, torch.SymInt):
-        return size.node.hint or 4096
-    return size
-
-
 def user_table() -> Path:
     """Where `tune` writes this user's tiles: $HF_MOE_CACHE/tiles.json, in ~/.cache/hf_moe unless set."""
     return Path(os.environ.get("HF_MOE_CACHE", "~/.cache/hf_moe")).expanduser() / "tiles.json"

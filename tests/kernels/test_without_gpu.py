@@ -107,6 +107,29 @@ def test_tuned_tiles_are_read_from_the_users_table(tmp_path, monkeypatch):
     tuning.choose.cache_clear()
 
 
+def test_tuning_keeps_the_fastest_tile_and_saves_it(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"Another GPU": {"down": {"1": [16, 64, 64, 4, 3]}}}))
+    monkeypatch.setenv("HF_MOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(tuning, "_step", lambda *args: None)
+    monkeypatch.setattr(tuning, "_time", lambda step, tables, op, rows, tile: tile.n + tile.stages + 10 * tile.per_sm)
+    lines = []
+    tuning._machine_tables.cache_clear()
+    assert tuning.tune([(2048, 768, 128, 8)], [8192], report=lines.append) == path
+    saved = json.loads(path.read_text())
+    assert saved["Another GPU"] == {"down": {"1": [16, 64, 64, 4, 3]}}
+    assert len(lines) == len(tuning.HOPPER)
+    chosen = tuning.choose("down", torch.device("cuda", 0), torch.bfloat16, 512)
+    assert list(chosen) == saved["A GPU"]["down"]["512"]
+    assert (chosen.m, chosen.n, chosen.stages, chosen.per_sm) == (128, 128, 3, 0)
+    tuning._machine_tables.cache_clear()
+    tuning.choose.cache_clear()
+
+
 def test_tuning_needs_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

@@ -107,6 +107,17 @@ def test_same_numbers_and_gradients(name, monkeypatch):
         torch.testing.assert_close(ours[key], theirs[key], rtol=2e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "nemotron-h"])
+def test_compiled_experts_take_the_fused_path(name, monkeypatch):
+    module = next(m for m in accelerate(build(name)).modules() if hasattr(m, "is_transposed"))
+    x_TD = torch.randn(9, 32, device=DEVICE)
+    scores = torch.rand(9, module.num_experts, device=DEVICE).topk(2)
+    eager = module(x_TD, scores.indices, scores.values)
+    monkeypatch.setattr(layer, "experts_with_gate", None)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x_TD, scores.indices, scores.values), eager)
+
+
 def test_loading_by_name(tmp_path):
     model = build("mixtral")
     model.save_pretrained(tmp_path)
@@ -126,6 +137,9 @@ def test_a_gate_that_the_kernels_do_not_know_runs_unfused():
     ours = step(accelerate(model))
     for key in theirs:
         torch.testing.assert_close(ours[key], theirs[key], rtol=2e-4, atol=2e-5)
+    x_TD, top = torch.randn(9, 32, device=DEVICE), torch.rand(9, 6, device=DEVICE).topk(2)
+    compiled = torch.compile(experts[0], fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x_TD, top.indices, top.values), experts[0](x_TD, top.indices, top.values))
 
 
 def test_autocast_and_recompute():
