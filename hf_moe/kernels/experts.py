@@ -162,7 +162,7 @@ def accelerate(model: Model, *, recompute: bool = False) -> Model:
     Args:
         model: a `PreTrainedModel` with experts, or a module that holds one (a peft or compiled wrapper).
         recompute: keep only the experts' input for the backward and run the first projection again there: less memory,
-            about a sixth more time in training.
+            and 22 of its operations for every 18.
     Returns:
         model itself; its weights are untouched, and `model.set_experts_implementation("grouped_mm")` switches back.
     Raises:
