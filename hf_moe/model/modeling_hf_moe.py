@@ -226,11 +226,16 @@ class HfMoePreTrainedModel(PreTrainedModel):
             return model, found
         if pretrained_model_name_or_path is not None:
             wrong_shape = {name for name, _, _ in found["mismatched_keys"]}
-            for kind, names in (
-                ("lacks", found["missing_keys"] - wrong_shape),
-                ("has tensors that the configuration has no place for:", found["unexpected_keys"]),
+            new_heads = ("score.", "qa_outputs.")
+            for kind, names, may_differ in (
+                ("lacks", found["missing_keys"] - wrong_shape, new_heads),
+                (
+                    "has tensors that the configuration has no place for:",
+                    found["unexpected_keys"],
+                    (*new_heads, "lm_head."),
+                ),
             ):
-                if names := [name for name in names if not name.startswith(("score.", "qa_outputs.", "lm_head."))]:
+                if names := [name for name in names if not name.startswith(may_differ)]:
                     raise RuntimeError(f"{pretrained_model_name_or_path} {kind} {_some_of(names)}")
         return model
 
@@ -399,7 +404,11 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
             loss = cross-entropy + auxiliary_loss · (this batch's target tokens / num_items_in_batch)
 
         The auxiliary part is added in training mode only. `num_items_in_batch`, which Trainer passes, counts the target
-        tokens of all micro-batches and processes: the share makes accumulation and data parallelism change nothing.
+        tokens of all micro-batches and processes: with the share an optimizer step sees the mean of the micro-batches'
+        auxiliary losses, weighted by tokens, and not their sum. (The load of each micro-batch is balanced by itself.)
+
+        Raises:
+            ValueError: the router trains, but reentrant checkpointing cut its losses off.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -429,6 +438,11 @@ class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
             batch_size = outputs.last_hidden_state.shape[0]
             aux_loss = auxiliary_loss(self.config, routers, outputs.router_logits, batch_size, attention_mask)
             if labels is not None and add_auxiliary:
+                if torch.is_grad_enabled() and routers[0].weight.requires_grad and not aux_loss.requires_grad:
+                    raise ValueError(
+                        "the router's losses get no gradient under reentrant checkpointing; use "
+                        "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                    )
                 share = target_share(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
                 loss = loss + (aux_loss * share).to(loss.device)
 

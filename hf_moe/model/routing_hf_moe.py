@@ -6,6 +6,7 @@ Letters: T tokens, D hidden, E experts, K experts a token, B batch, S query leng
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_hf_moe import HfMoeConfig
 
@@ -47,7 +48,9 @@ class HfMoeTopkRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits (T, E), weights (T, K) and indices (T, K) for hidden states (..., D)."""
         x_TD = hidden_states.reshape(-1, self.hidden_dim)
-        router_logits = F.linear(x_TD.float(), self.weight.float())
+        # Autocast would take the product down to half precision again.
+        with maybe_autocast(x_TD.device.type, enabled=False):
+            router_logits = F.linear(x_TD.float(), self.weight.float())
         scores = self.scores(router_logits)
         if x_TD.device.type == "cpu" and x_TD.dtype in (torch.float32, torch.float64):
             # One precision above the experts' outputs: a mixture of equal experts is then their one MLP to the bit,
@@ -156,7 +159,7 @@ def auxiliary_loss(
         Scalar, fp32.
     """
     mask_T = None
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         mask_T = attention_mask[:, -router_logits[0].shape[0] // batch_size :].reshape(-1).float()
     total = router_logits[0].new_zeros((), dtype=torch.float32)
     for router, logits in zip(routers, router_logits, strict=True):

@@ -115,22 +115,51 @@ def test_loss_has_the_auxiliary_part_in_training_only():
     torch.testing.assert_close(trained.loss, evaluated.loss + trained.aux_loss)
 
 
-def test_one_batch_equals_eight_micro_batches():
-    model, ids = tiny_model("gqa", router_aux_loss_coef=0.5, router_z_loss_coef=0.1).train(), random_ids(8, 9)
-    items = torch.tensor(8 * 8)
+def test_an_optimizer_step_counts_auxiliary_losses_once():
+    """Sequence and z-loss are means over tokens, so eight micro-batches give the whole batch's loss and gradient."""
+    model = tiny_model("gqa", router_aux_loss_coef=0.0, router_seq_aux_loss_coef=0.5, router_z_loss_coef=0.1).train()
+    ids, items = random_ids(8, 9), torch.tensor(8 * 8)
+    whole = model(ids, labels=ids, num_items_in_batch=items)
     parts = [model(ids[i : i + 1], labels=ids[i : i + 1], num_items_in_batch=items).loss for i in range(8)]
+    torch.testing.assert_close(sum(parts), whole.loss)
+    router = model.model.layers[1].mlp.gate.weight
+    (expected,) = torch.autograd.grad(whole.loss, router)
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), router)[0], expected)
+
+
+def test_load_loss_of_micro_batches_is_their_mean():
+    model, ids = tiny_model("gqa", router_aux_loss_coef=0.5).train(), random_ids(8, 9)
+    parts = [model(ids[i : i + 1], labels=ids[i : i + 1], num_items_in_batch=torch.tensor(64)).loss for i in range(8)]
     aux = [model(ids[i : i + 1], labels=ids[i : i + 1]).aux_loss for i in range(8)]
     cross_entropy = model.eval()(ids, labels=ids).loss
     torch.testing.assert_close(sum(parts), cross_entropy + torch.stack(aux).mean())
 
 
-def test_a_trainer_that_skips_the_head_gets_no_wrong_auxiliary_loss():
-    ids = random_ids(2, 9)
-    softmax = tiny_model("gqa", router_aux_loss_coef=0.5).train()
-    assert len(softmax.base_model(ids, output_router_logits=True).router_logits) == 2
-    sigmoid = tiny_model("deepseek_v3", router_aux_loss_coef=0.5).train()
-    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0.5 outside .* \('sigmoid', 'noaux_tc'\)"):
-        sigmoid.base_model(ids, output_router_logits=True)
-    assert sigmoid(ids, labels=ids, output_router_logits=True).aux_loss > 0
-    sigmoid.config.router_aux_loss_coef = 0.0
-    assert len(sigmoid.base_model(ids, output_router_logits=True).router_logits) == 2
+def test_logits_are_float32_under_autocast():
+    router = HfMoeTopkRouter(tiny_config())
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(4, router.hidden_dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router(x)[0]
+    assert torch.equal(logits, router(x)[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_keeps_the_routers_gradient_or_says_that_it_cannot(use_reentrant):
+    model, ids = tiny_model("gqa", router_aux_loss_coef=0.5).train(), random_ids(2, 9)
+    model(ids, labels=ids).loss.backward()
+    expected = model.model.layers[1].mlp.gate.weight.grad.clone()
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    if use_reentrant:
+        with pytest.raises(ValueError, match="use_reentrant"):
+            model(ids, labels=ids)
+    else:
+        model(ids, labels=ids).loss.backward()
+        torch.testing.assert_close(model.model.layers[1].mlp.gate.weight.grad, expected)
+
+
+def test_generate_with_router_logits_and_a_static_cache():
+    model, ids = tiny_model("sandwich", output_router_logits=True), random_ids(1, 5)
+    model.generate(ids, max_new_tokens=3, cache_implementation="static", disable_compile=True)
