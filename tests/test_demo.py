@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upcycling.dense import byte_tokenizer, save_dense
 
 from hf_moe.demo import arithmetic, run_demo
+from hf_moe.demo.finetune import last_complete
 from hf_moe.demo.progress import Progress
 
 
@@ -44,7 +45,7 @@ def test_demo_leaves_what_it_promises_and_repeats_nothing(source, tmp_path, monk
         assert (output / name).stat().st_size > 0
     text = report.read_text()
     assert "64 greedy tokens" in text
-    assert "| Exact match after 2 steps" in text
+    assert "| … after 2 steps" in text
     AutoModelForCausalLM.from_pretrained(output / "model")
     assert AutoTokenizer.from_pretrained(output / "model").chat_template
 
@@ -80,6 +81,32 @@ def test_progress_keeps_results_of_finished_steps_only(tmp_path):
     again = Progress(tmp_path / "progress.json", {"a": 1})
     assert again.step("one", "One", lambda: {"x": 2}) == {"x": 1}
     assert list(again.state["steps"]) == ["one"]
+
+
+def test_what_a_later_step_would_stumble_over_is_refused_first(tmp_path):
+    with pytest.raises(ValueError, match="no chat template"):
+        run_demo(tmp_path / "out", save_silent(tmp_path / "silent"))
+    with pytest.raises((ValueError, OSError)):
+        run_demo(tmp_path / "out", tmp_path / "nothing")
+    assert not (tmp_path / "out").exists()
+
+
+def save_silent(folder):
+    """A source whose tokenizer has no chat template."""
+    save_dense(folder, "llama3")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    assert last_complete(tmp_path) is None
+    for step in (5, 25, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (5, 25):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-25")
 
 
 def test_missing_checkpoint_says_how_to_get_it(tmp_path, monkeypatch):

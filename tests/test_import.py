@@ -19,7 +19,7 @@ ARROWS = {
     "kernels": {"model"},
     "training": {"model", "kernels"},
     "upcycling": {"model", "kernels", "training", "cost"},
-    "demo": {"model", "kernels", "training", "upcycling"},
+    "demo": {"model", "kernels", "training", "upcycling", "cost"},
 }
 
 

@@ -1,5 +1,6 @@
 """The task of the demonstration: sums from `reasoning-gym`, asked in the model's chat template, scored exactly."""
 
+import re
 from typing import Any
 
 import torch
@@ -49,7 +50,10 @@ class ChatExamples(Dataset):
         answer = [{"role": "assistant", "content": problem["answer"]}]
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
         whole = tokenizer.apply_chat_template(question + answer, return_dict=True)["input_ids"]
-        assert whole[: len(prompt)] == prompt
+        if whole[: len(prompt)] != prompt:
+            raise ValueError(
+                "the chat template writes a question differently once it has an answer; choose another model"
+            )
         return {"input_ids": whole, "labels": [IGNORE] * len(prompt) + whole[len(prompt) :]}
 
     def __len__(self) -> int:
@@ -67,12 +71,13 @@ def exact_match(
     batch_size: int = 50,
     description: str = "solving",
 ) -> dict[str, Any]:
-    """Share of problems whose greedy answer is the number and nothing else.
+    """Share of problems whose greedy reply is the number and nothing else.
 
     Args:
         tokenizer: pads on the left.
     Returns:
-        accuracy, number of problems, and the first five questions with answer and reply.
+        accuracy; lenient, the share of replies whose last number is right, whatever stands around it; number of
+        problems; and the first five questions with answer and reply.
     """
     replies: list[str] = []
     with tqdm(total=len(problems), desc=description, unit="problem") as bar:
@@ -85,12 +90,15 @@ def exact_match(
                 return_tensors="pt",
                 return_dict=True,
             ).to(model.device)
-            output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
             replies += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             bar.update(len(batch))
+    last_numbers = [(re.findall(r"-?\d+", reply) or [""])[-1] for reply in replies]
     right = [reply.strip() == problem["answer"] for reply, problem in zip(replies, problems, strict=True)]
     return {
         "accuracy": sum(right) / len(right),
+        "lenient": sum(number == problem["answer"] for number, problem in zip(last_numbers, problems, strict=True))
+        / len(right),
         "problems": len(right),
         "examples": [
             {**problem, "reply": reply.strip()} for problem, reply in zip(problems[:5], replies[:5], strict=True)

@@ -12,7 +12,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from .arithmetic import IGNORE, ChatExamples
 
@@ -68,8 +67,7 @@ def finetune(
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE),
         processing_class=tokenizer,
     )
-    checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=last_complete(checkpoints))
     model.save_pretrained(output / "adapter")
     return {
         "trainable_parameters": trainable,
@@ -78,3 +76,9 @@ def finetune(
         "tokens": sum(len(row["input_ids"]) for row in examples.rows),
         "loss": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
     }
+
+
+def last_complete(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end, which Trainer marks with its state."""
+    complete = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None

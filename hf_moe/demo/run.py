@@ -10,10 +10,11 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
 
+from hf_moe.cost import parameters
 from hf_moe.training import measure_expert_load
-from hf_moe.upcycling import upcycle, verify
+from hf_moe.upcycling import Options, make_plan, open_source, upcycle, verify
 
-from .arithmetic import exact_match, held_out_problems, training_problems
+from .arithmetic import ChatExamples, exact_match, held_out_problems, training_problems
 from .finetune import finetune
 from .progress import Progress
 from .report import write_report
@@ -39,6 +40,21 @@ def packaged_checkpoint() -> Path:
     return found[0]
 
 
+def check(source: Path) -> None:
+    """Refuse, before anything is written, what a later step would stumble over.
+
+    Raises:
+        ValueError: the demonstration's own packages are missing, or the source cannot be read or has no chat template.
+    """
+    missing = [name for name in ("matplotlib", "reasoning_gym") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the demo needs {' and '.join(missing)}: pip install 'hf_moe[demo]'")
+    opened = open_source(source)
+    make_plan(opened, Options(experts=EXPERTS, top_k=TOP_K))
+    if AutoTokenizer.from_pretrained(**opened.load_arguments()).chat_template is None:
+        raise ValueError(f"{source.name} has no chat template; the demo asks its questions in one")
+
+
 def run_demo(
     output: Path,
     model: Path | None = None,
@@ -58,18 +74,25 @@ def run_demo(
         ValueError: no checkpoint, or an output folder begun with other settings.
     Cost: about a quarter of an hour and 5 GB of memory on 2 cores.
     """
-    source = packaged_checkpoint() if model is None else model
+    source = packaged_checkpoint() if model is None else model.expanduser().resolve()
+    check(source)
     output.mkdir(parents=True, exist_ok=True)
     # A bar for each of the six times that weights are read would drown the others.
     transformers.logging.disable_progress_bar()
-    settings = {"model": source.name, "held_out": held_out, "training": training}
-    progress = Progress(output / "progress.json", settings)
+    name = source.name if model is None else str(source)
+    progress = Progress(output / "progress.json", {"model": name, "held_out": held_out, "training": training})
     target = output / "model"
 
     def upcycled() -> dict[str, Any]:
         if not target.exists():
             upcycle(source, target, mode="copy", experts=EXPERTS, top_k=TOP_K, attention="exact")
-        return measure_size(target)
+        config = transformers.AutoConfig.from_pretrained(target).to_dict()
+        size = parameters(config)
+        return {
+            "parameters": size.total,
+            "active_parameters": size.active,
+            "cache_numbers": config["kv_lora_rank"] + config["num_key_value_heads"] * config["qk_rope_head_dim"],
+        }
 
     def verified() -> dict[str, Any]:
         certificate = verify(source, target)
@@ -84,8 +107,11 @@ def run_demo(
 
     def after() -> dict[str, Any]:
         adapted = PeftModel.from_pretrained(load(target), output / "adapter").merge_and_unload()
-        with measure_expert_load(adapted) as load_counts:
-            result = exact_match(adapted, tokenizer, problems)
+        result = exact_match(adapted, tokenizer, problems)
+        with measure_expert_load(adapted) as load_counts, torch.inference_mode():
+            # One by one, since padding would be counted.
+            for row in ChatExamples(problems[:64], tokenizer).rows:
+                adapted(torch.tensor([row["input_ids"]], device=adapted.device))
         result |= {
             "expert_share": load_counts.share.tolist(),
             "max_over_mean_load": load_counts.max_over_mean,
@@ -104,7 +130,7 @@ def run_demo(
     progress.step("generate", "Generating", lambda: generate(target, tokenizer))
     progress.step("report", "Reporting", lambda: write_report(progress, output))
 
-    accuracy = [progress.state["steps"][name]["result"]["accuracy"] for name in ("before", "after")]
+    accuracy = [progress.state["steps"][step]["result"]["accuracy"] for step in ("before", "after")]
     print(f"\nExact match {accuracy[0]:.1%} → {accuracy[1]:.1%}. Read {output / 'report.md'}.")
     return output / "report.md"
 
@@ -113,20 +139,6 @@ def load(folder: Path) -> Any:
     """The upcycled model in fp32, for inference, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-
-
-def measure_size(folder: Path) -> dict[str, Any]:
-    """Parameters, those that one token uses, and numbers in the cache a token and layer."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
-    return {
-        "parameters": total,
-        "active_parameters": total - experts * (config.n_routed_experts - config.num_experts_per_tok) // EXPERTS,
-        "cache_numbers": config.kv_lora_rank + config.num_key_value_heads * config.qk_rope_head_dim,
-    }
 
 
 def generate(folder: Path, tokenizer: Any) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class ExpertLoad:
 
 @contextmanager
 def measure_expert_load(model: nn.Module) -> Iterator[ExpertLoad]:
-    """Count the routing of every forward pass inside the block.
+    """Count the routing of every forward pass inside the block, of padding too: feed texts without it.
 
     Args:
         model: anything that contains this package's routers, wrapped by peft or not.
