@@ -50,7 +50,7 @@ def test_registration_changes_no_other_entry():
 def test_the_cpu_falls_back_to_grouped_mm_with_the_same_numbers(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reasons = []
-    monkeypatch.setattr(experts.logger, "warning_once", reasons.append)
+    monkeypatch.setattr(experts.logger, "info", reasons.append)
     model = small_mixtral()
     ids = torch.arange(12).view(2, 6)
     model.set_experts_implementation("grouped_mm")
@@ -58,6 +58,13 @@ def test_the_cpu_falls_back_to_grouped_mm_with_the_same_numbers(monkeypatch):
     ours = experts.accelerate(model)(ids).logits
     assert torch.equal(ours, theirs)
     assert "grouped_mm, because its tensors are on 'cpu'" in reasons[0]
+
+
+def test_the_fallback_compiles_in_one_graph():
+    model = experts.accelerate(small_mixtral())
+    ids = torch.arange(12).view(2, 6)
+    expected = model(ids).logits
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(ids).logits, expected)
 
 
 def test_a_norm_after_each_expert_falls_back(monkeypatch):
