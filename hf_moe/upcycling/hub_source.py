@@ -12,6 +12,8 @@ from .sources import COPIED_FILES, FolderSource, Source, complete
 if TYPE_CHECKING:
     import torch
 
+_NOWHERE = "{!r} is no folder here and the Hub cannot be reached: check the name and the network"
+
 
 class RemoteSource(Source):
     """A repository of the Hub of which only the configuration and the headers are fetched."""
@@ -21,7 +23,7 @@ class RemoteSource(Source):
         from huggingface_hub.errors import NotASafetensorsRepoError
 
         repository, _, revision = location.partition("@")
-        with _hub_errors(location):
+        with hub_errors(location, _NOWHERE.format(location)):
             path = Path(hf_hub_download(repository, "config.json", revision=revision or None))
             try:
                 metadata = HfApi().get_safetensors_metadata(repository, revision=revision or None)
@@ -54,20 +56,24 @@ def download(source: str) -> Source:
 
     repository, _, revision = source.partition("@")
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", *COPIED_FILES]
-    with _hub_errors(source):
+    with hub_errors(source, _NOWHERE.format(source)):
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     return FolderSource(source, Path(folder), revision=Path(folder).name)
 
 
 @contextmanager
-def _hub_errors(source: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+def hub_errors(name: str, unreachable: str) -> Iterator[None]:
+    """What the Hub or the way to it is to blame for, as a ConnectionError.
+
+    An error of a file on this machine (full disk, no permission) passes as it is. `unreachable` is the sentence for a
+    Hub that does not answer.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
     try:
         yield
     except HfHubHTTPError as error:
-        raise ConnectionError(f"the Hub refused {source!r}: {' '.join(str(error).split())[:300]}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
-        raise ConnectionError(
-            f"{source!r} is no folder here and the Hub cannot be reached: check the name and the network"
-        ) from error
+        raise ConnectionError(f"the Hub refused {name!r}: {' '.join(str(error).split())[:300]}") from error
+    # The first is what a download says without network and cache; OfflineModeIsEnabled is a ConnectionError.
+    except (LocalEntryNotFoundError, HTTPError, ConnectionError, TimeoutError) as error:
+        raise ConnectionError(unreachable) from error

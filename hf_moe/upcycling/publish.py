@@ -5,6 +5,7 @@ from typing import Any
 
 from .convert import PROVENANCE_NAME
 from .headers import read_folder
+from .hub_source import hub_errors
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, **api: Any) -> str:
@@ -17,9 +18,10 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: s
         Address of the repository.
     Raises:
         ValueError: the folder is not a whole converted model. ConnectionError: the Hub is out of reach or refuses.
+        OSError: a file of the folder cannot be read.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError
 
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -29,18 +31,15 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: s
     read_folder(path)
     hub = HfApi(**api)
     try:
-        url = hub.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
-        # Large folders are committed in several batches; started again, what is already there is skipped.
-        hub.upload_folder(
-            repo_id=repo_id,
-            folder_path=path,
-            revision=revision,
-            commit_message="Upload a model made by hf-moe upcycle",
-        )
+        with hub_errors(repo_id, f"the Hub cannot be reached for {repo_id!r}: check the network"):
+            url = hub.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
+            # Large folders are committed in several batches; started again, what is already there is skipped.
+            hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=path,
+                revision=revision,
+                commit_message="Upload a model made by hf-moe upcycle",
+            )
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no repository name: {error}") from error
-    except HfHubHTTPError as error:
-        raise ConnectionError(f"the Hub refused {repo_id!r}: {' '.join(str(error).split())[:300]}") from error
-    except (OfflineModeIsEnabled, HTTPError, OSError) as error:
-        raise ConnectionError(f"the Hub cannot be reached for {repo_id!r}: check the network") from error
     return str(url)
