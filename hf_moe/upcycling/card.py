@@ -63,8 +63,10 @@ def write_card(plan: Plan, source: Source, folder: Path) -> None:
     name = folder.name.removeprefix(".").removesuffix(".partial")
     text = _CARD.format(
         license=license_name or "other",
-        # The Hub shows a link to a base model that it knows by id.
-        base_model="base_model:\n" + "".join(f"- {each.location}\n" for each in named) if named else "",
+        # The Hub links base models by id and refuses a revision here; the text below names it.
+        base_model="base_model:\n" + "".join(f"- {each.location.partition('@')[0]}\n" for each in named)
+        if named
+        else "",
         title=name,
         folder=name,
         sources=" and ".join(map(_described, source.branches)),
