@@ -48,15 +48,20 @@ def produce(source: Source, tensors: Iterator[TargetTensor]) -> Iterator[Produce
         if tensor.layer != layer:
             held.clear()
             layer = tensor.layer
-        for part in tensor.parts:
-            if part not in held:
-                held[part] = _read(source, part)
-        inputs = [held[part] for part in tensor.parts]
-        result = apply_rule(tensor, _means([weight for weight, _ in inputs], tensor.mean_of))
-        data = memoryview(as_bytes(result))
-        same = tensor.rule == "copy" and result is inputs[0][0]
-        sha256 = inputs[0][1] if same else hashlib.sha256(data).hexdigest()
-        yield Produced(tensor, data, sha256, tuple(digest for _, digest in inputs))
+        yield _produced(source, tensor, held)
+
+
+def _produced(source: Source, tensor: TargetTensor, held: dict[Part, tuple[torch.Tensor, str]]) -> Produced:
+    """One tensor, from what is held and what has to be read. A function, so that its locals end with it."""
+    for part in tensor.parts:
+        if part not in held:
+            held[part] = _read(source, part)
+    inputs = [held[part] for part in tensor.parts]
+    result = apply_rule(tensor, _means([weight for weight, _ in inputs], tensor.mean_of))
+    data = memoryview(as_bytes(result))
+    same = tensor.rule == "copy" and result is inputs[0][0]
+    sha256 = inputs[0][1] if same else hashlib.sha256(data).hexdigest()
+    return Produced(tensor, data, sha256, tuple(digest for _, digest in inputs))
 
 
 def ahead(stream: Iterator[Produced]) -> Iterator[Produced]:
