@@ -29,6 +29,7 @@ ITEM_SIZE = {
     "BOOL": 1,
 }
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _HEADER_LIMIT = 100 * 1024 * 1024
 
@@ -104,12 +105,18 @@ def parse_header(path: Path, header: bytes, size: int) -> dict[str, TensorHeader
 
 
 def read_folder(folder: Path) -> dict[str, TensorHeader]:
-    """Headers of all tensors of a checkpoint folder: the index's shards, or the single `*.safetensors` files.
+    """Headers of all tensors of a checkpoint folder.
+
+    As Transformers looks: `model.safetensors`, else the shards of the index. A folder with neither is the sum of its
+    `*.safetensors` files.
 
     Raises:
         ValueError: no weights, only pickled ones, a shard missing, a path that leaves the folder, a damaged file, or an
             index that disagrees with its shards.
     """
+    if (folder / WEIGHTS_NAME).is_file():
+        # What stands beside it (Mistral's consolidated.safetensors, an adapter) is not the model's.
+        return read_header(folder / WEIGHTS_NAME)
     index_path = folder / INDEX_NAME
     if index_path.is_file():
         return _read_indexed(folder, index_path)

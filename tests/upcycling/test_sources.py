@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from dense import dense_model, save_dense
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from hf_moe.upcycling import open_source, upcycle
@@ -114,6 +114,18 @@ def test_folder_tensors_and_rows(tmp_path, shards):
     for name, weight in expected.items():
         assert torch.equal(source.read(name), weight)
         assert torch.equal(source.read(name, 1, 5), weight[1:5])
+
+
+@pytest.mark.parametrize("other", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_the_file_that_transformers_loads_is_the_model(tmp_path, other):
+    folder = save_dense(tmp_path / "dense")
+    expected = load_file(folder / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in expected.items()}, folder / other)
+    source = open_source(folder)
+    assert source.headers.keys() == expected.keys()
+    assert all(torch.equal(source.read(name), weight) for name, weight in expected.items())
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(source.read(name), loaded[name]) for name in expected)
 
 
 def test_licence_of_a_folder(tmp_path):
