@@ -12,6 +12,14 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 METHOD = "hf_moe_fp8"
+# A method that was renamed would never be called, and the weights would be wrong without a word.
+for _parent, _method in (
+    (Fp8Dequantize, "_dequantize_one"),
+    (FineGrainedFP8HfQuantizer, "get_load_operations"),
+    (FineGrainedFP8HfQuantizer, "_process_model_after_weight_loading"),
+):
+    if not hasattr(_parent, _method):
+        raise ImportError(f"{_parent.__name__} has no {_method}")
 
 
 class BlockDequantize(Fp8Dequantize):
@@ -44,9 +52,7 @@ class BlockFP8Quantizer(FineGrainedFP8HfQuantizer):
 
 
 def dequantising(quantization: dict[str, Any]) -> dict[str, Any]:
-    """The quantization part of a configuration, made to load through the classes above if it is FP8 in blocks."""
-    if quantization.get("quant_method") != "fp8":
-        return dict(quantization)
+    """The quantization part of an FP8 checkpoint's configuration, made to load through the classes above."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, FineGrainedFP8Config)
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD, BlockFP8Quantizer)
     return quantization | {"quant_method": METHOD, "dequantize": True}

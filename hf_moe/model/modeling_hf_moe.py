@@ -14,7 +14,6 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -34,14 +33,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm, HfMoeRotaryEmbedding
 from .configuration_hf_moe import HfMoeConfig
 from .paging_hf_moe import sized_for_latents
-from .parallel_hf_moe import LatentAttentionHeads
+from .parallel_hf_moe import register_parallel_styles
 from .routing_hf_moe import HfMoeTopkRouter, auxiliary_loss
 
 # On disk experts are separate (`experts.3.gate_proj.weight`), as every engine reads them; in memory they are fused.
 register_checkpoint_conversion_mapping(
     HfMoeConfig.model_type, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
 )
-ALL_PARALLEL_STYLES.register("latent_attention_heads", LatentAttentionHeads())
+register_parallel_styles()
 
 
 class HfMoeMLP(nn.Module):

@@ -5,9 +5,14 @@ Letters: H heads, G key groups, P rotary width.
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
-from transformers.distributed.parallel_utils import _AllReduceBackward
-from transformers.distributed.tensor_parallel import LocalParamsParallel
+
+try:
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+except ImportError:  # Transformers has moved it, and refuses a plan with a style that it does not know
+    ALL_PARALLEL_STYLES = None
 
 
 def local_heads(num_heads: int, num_groups: int, size: int, rank: int) -> tuple[slice, slice]:
@@ -28,12 +33,29 @@ def local_heads(num_heads: int, num_groups: int, size: int, rank: int) -> tuple[
     return slice(first, first + count), slice(first // per_group, (first + count - 1) // per_group + 1)
 
 
-class LatentAttentionHeads(LocalParamsParallel):
+class _SumGradient(torch.autograd.Function):
+    """The input as it is; its gradient summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, ranks: Any) -> torch.Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient, group=ctx.ranks)
+        return gradient, None
+
+
+class LatentAttentionHeads:
     """Each rank attends with H/size heads; it computes and caches the latent, and only the rotary keys they read.
 
     Latents and rotary keys are computed alike on all ranks. The latent meets a sharded `kv_b_proj`, which sums its
     gradient; the rotary keys go straight into the scores, so their gradient is summed here. The same holds for
     queries that were gathered for a norm over all heads.
+
+    The rest is Transformers' style "local_params".
     """
 
     def install_forward(self, module: Any, mesh: Any) -> nn.Module:
@@ -49,11 +71,26 @@ class LatentAttentionHeads(LocalParamsParallel):
             query = project_query(*args)
             if query.shape[1] == heads.stop - heads.start:
                 return query
-            return _AllReduceBackward.apply(query, ranks)[:, heads]
+            return _SumGradient.apply(query, ranks)[:, heads]
 
         def latent_of_rank(*args: Any) -> Any:
             latent, k_rot = project_latent(*args)
-            return latent, _AllReduceBackward.apply(k_rot, ranks)[..., columns]
+            return latent, _SumGradient.apply(k_rot, ranks)[..., columns]
 
         module.project_query, module.project_latent = query_of_rank, latent_of_rank
-        return super().install_forward(module, mesh)
+        return _local_params().install_forward(module, mesh)
+
+
+def _local_params() -> Any:
+    if "local_params" not in (ALL_PARALLEL_STYLES or ()):
+        raise ImportError(
+            "tensor parallelism of latent attention needs the parallel style 'local_params', which this version of "
+            "Transformers lacks; load the model without a tensor-parallel size"
+        )
+    return ALL_PARALLEL_STYLES["local_params"]
+
+
+def register_parallel_styles() -> None:
+    """Enter the style above under the name that the configuration's plan has for it."""
+    if ALL_PARALLEL_STYLES is not None:
+        ALL_PARALLEL_STYLES.register("latent_attention_heads", LatentAttentionHeads())

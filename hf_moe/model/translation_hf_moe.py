@@ -5,9 +5,8 @@ Their tensors carry the names of this model already; only the configuration says
 
 from typing import Any
 
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-from .fp8_hf_moe import dequantising
 
 # The class of Transformers that fills in each one's defaults and says what its options mean.
 READ_AS = {
@@ -77,8 +76,22 @@ def translate(source: dict[str, Any]) -> dict[str, Any]:
         if found != needed:
             raise ValueError(f"{name}={found!r} of a {model_type} checkpoint has no equal here, only {needed!r}")
     if "quantization_config" in source:
-        result["quantization_config"] = dequantising(source["quantization_config"])
+        result["quantization_config"] = _loadable(source["quantization_config"])
     return result
+
+
+def _loadable(quantization: dict[str, Any]) -> dict[str, Any]:
+    if quantization.get("quant_method") != "fp8":
+        return dict(quantization)
+    # Here and not above: it builds on inner parts of Transformers, whose renaming shall cost this feature only.
+    try:
+        from .fp8_hf_moe import dequantising
+    except ImportError as error:
+        raise ImportError(
+            f"an FP8 checkpoint needs a part that Transformers {transformers.__version__} lacks ({error}); "
+            "load one in bfloat16, or try another version of Transformers"
+        ) from error
+    return dequantising(quantization)
 
 
 def _mlp_layer_types(theirs: Any) -> list[str]:
