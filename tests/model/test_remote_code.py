@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_ids, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_moe
+from hf_moe.upcycling import upcycle
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "upcycling"))
+
+from dense import save_dense
 
 PACKAGE = Path(hf_moe.__file__).parent
 MODEL = PACKAGE / "model"
@@ -50,8 +55,8 @@ def run_without_package(code: str, folder: Path, scratch: Path) -> str:
 
 WITHOUT_PACKAGE = """
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-for auto in (AutoConfig, AutoModelForCausalLM):
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+for auto in (AutoConfig, AutoModel, AutoModelForCausalLM):
     try:
         auto.from_pretrained(folder, trust_remote_code=False)  # None would ask on the terminal
     except ValueError as error:
@@ -59,43 +64,61 @@ for auto in (AutoConfig, AutoModelForCausalLM):
 ids = torch.load(folder + "/ids.pt")
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 print(type(model).__module__.split(".")[0], model.config._experts_implementation)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+print(type(base).__name__)
 with torch.no_grad():
-    torch.save(model(ids).logits, folder + "/logits.pt")
+    torch.save((model(ids).logits, base(ids).last_hidden_state), folder + "/outputs.pt")
 classifier = AutoModelForSequenceClassification.from_config(model.config, trust_remote_code=True)
 print(type(classifier).__name__, classifier(ids).logits.shape[-1])
 model.save_pretrained(folder + "/again")
 """
 
 
+def saved(folder: Path) -> Path:
+    """A model of random weights, saved as a trainer does."""
+    tiny_model("deepseek_v3").save_pretrained(folder)
+    return folder
+
+
+def upcycled(folder: Path) -> Path:
+    """A dense model made a mixture of unequal experts."""
+    source = save_dense(folder.parent / "dense")
+    return upcycle(source, folder, mode="drop", experts=4, top_k=2, progress=False)
+
+
+@pytest.mark.parametrize("make", [saved, upcycled])
 @torch.no_grad()
-def test_four_cells_of_package_and_trust(tmp_path):
-    model, ids = tiny_model("deepseek_v3"), random_ids(2, 9)
-    folder = tmp_path / "checkpoint"
-    model.save_pretrained(folder)
+def test_four_cells_of_package_and_trust(make, tmp_path):
+    folder, ids = make(tmp_path / "checkpoint"), random_ids(2, 9)
     torch.save(ids, folder / "ids.pt")
+    model = hf_moe.HfMoeForCausalLM.from_pretrained(folder)
+    expected = model(ids).logits, model.model(ids).last_hidden_state
     copied = {path.name for path in folder.glob("*.py")}
     assert copied == {path.name for path in MODEL.glob("*.py")} - {"__init__.py"}
 
     # With the package its classes win, trusted or not.
     for trust in (False, True):
         loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
-        assert type(loaded) is hf_moe.HfMoeForCausalLM
-        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+        base = AutoModel.from_pretrained(folder, trust_remote_code=trust)
+        assert (type(loaded), type(base)) == (hf_moe.HfMoeForCausalLM, hf_moe.HfMoeModel)
+        assert loaded(ids).logits.equal(expected[0])
+        assert base(ids).last_hidden_state.equal(expected[1])
 
-    # Without it: refused by name, or the same numbers from the files beside the weights.
-    lines = run_without_package(WITHOUT_PACKAGE, folder, tmp_path).splitlines()
-    untrusted_config, untrusted_model, origin, head = lines
-    for message in (untrusted_config, untrusted_model):
+    # Without it: refused by name, or the same numbers to the bit from the files beside the weights.
+    *untrusted, origin, base_name, head = run_without_package(WITHOUT_PACKAGE, folder, tmp_path).splitlines()
+    assert len(untrusted) == 3
+    for message in untrusted:
         assert "trust_remote_code=True" in message
         assert str(folder) in message
     assert origin == "transformers_modules grouped_mm"
+    assert base_name == "HfMoeModel"
     assert head == "HfMoeForSequenceClassification 2"
-    logits = torch.load(folder / "logits.pt")
-    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-6)
+    for actual, wanted in zip(torch.load(folder / "outputs.pt"), expected, strict=True):
+        assert actual.equal(wanted)
 
     # What remote code saved is a checkpoint like ours, with the files again.
     again = AutoModelForCausalLM.from_pretrained(folder / "again")
-    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+    assert again(ids).logits.equal(expected[0])
     assert {path.name for path in (folder / "again").glob("*.py")} == copied
 
 
