@@ -44,6 +44,8 @@ def _indices(value: str) -> tuple[int, ...]:
         first, _, last = part.partition("-")
         if not first.strip().isdigit() or (last and not last.strip().isdigit()):
             raise ValueError(f"--dense-layers={value!r} is not a list such as 0,1,5-7")
+        if last and int(last) < int(first):
+            raise ValueError(f"--dense-layers={value!r} has the empty range {part}")
         layers += range(int(first), int(last or first) + 1)
     return tuple(layers)
 
@@ -97,7 +99,7 @@ Branch = Annotated[
 Experts = Annotated[
     int, typer.Option(help="Routed experts a layer; 1 converts the attention only.", rich_help_panel=MIXTURE)
 ]
-TopK = Annotated[int, typer.Option(help="Routed experts a token.", rich_help_panel=MIXTURE)]
+TopK = Annotated[int | None, typer.Option(help="Routed experts a token; 2 by default.", rich_help_panel=MIXTURE)]
 Shards = Annotated[int, typer.Option(help="Parts that split cuts the MLP into.", rich_help_panel=MIXTURE)]
 SharedShards = Annotated[int, typer.Option(help="How many of the shards every token passes.", rich_help_panel=MIXTURE)]
 SplitScale = Annotated[
@@ -130,7 +132,7 @@ def plan(
     mode: Mode = "copy",
     branch: Branch = None,
     experts: Experts = 8,
-    top_k: TopK = 2,
+    top_k: TopK = None,
     shards: Shards = 1,
     shared_shards: SharedShards = 0,
     split_scale: SplitScale = "factor",
@@ -167,7 +169,7 @@ def upcycle(
     mode: Mode = "copy",
     branch: Branch = None,
     experts: Experts = 8,
-    top_k: TopK = 2,
+    top_k: TopK = None,
     shards: Shards = 1,
     shared_shards: SharedShards = 0,
     split_scale: SplitScale = "factor",

@@ -52,6 +52,11 @@ NORMS = {
         "post_feedforward_layernorm",
     ),
 }
+# Activations of a gated MLP that Transformers knows by name and that have no parameters of their own.
+ACTIVATIONS = (
+    *("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "quick_gelu"),
+    *("relu", "relu2", "relu6", "leaky_relu", "mish", "hardswish", "sigmoid", "tanh", "linear"),
+)
 # Buffers that old checkpoints stored and every model recomputes.
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
@@ -212,7 +217,14 @@ class Family:
                 )
         rules: dict[str, Rule] = {**COMMON, **self.fields}
         fields = {key: config.get(rule) if isinstance(rule, str) else rule(config) for key, rule in rules.items()}
+        check_activation(fields["hidden_act"])
         return fields | dict(self.constants)
+
+
+def check_activation(name: Any) -> None:
+    """Raise ValueError for one that the target cannot compute."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"the activation {name!r} is not known; known are {', '.join(ACTIVATIONS)}")
 
 
 def role_rows(role: str, config: Config) -> int:

@@ -126,7 +126,7 @@ class Layout:
             "o_bias": self.has("o", 0, "bias") or self.has("v", 0, "bias"),
             "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in self.sparse],
             "n_routed_experts": options.experts,
-            "num_experts_per_tok": min(options.top_k, options.experts),
+            "num_experts_per_tok": options.top_k,
             "moe_intermediate_size": self.width,
             "n_shared_experts": options.shared_shards,
             "norm_topk_prob": True,

@@ -29,7 +29,8 @@ class Options:
 
     Attributes:
         mode: a key of `MODES`.
-        experts, top_k: E and K of the target. `experts=1` keeps the MLPs dense and converts the attention only.
+        experts, top_k: E and K of the target; K is 2 by default. `experts=1` keeps the MLPs dense, converts the
+            attention only and leaves K = 1.
         shards: into how many parts `split` cuts the MLP; 1 elsewhere.
         shared_shards: how many of them are always on.
         split_scale: a key of `SPLIT_SCALES`, where the number of routed shards stands that normalised weights lack.
@@ -46,7 +47,7 @@ class Options:
 
     mode: str = "copy"
     experts: int = 8
-    top_k: int = 2
+    top_k: int | None = None
     shards: int = 1
     shared_shards: int = 0
     split_scale: str = "factor"
@@ -70,15 +71,19 @@ class Options:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known are {', '.join(known)}")
-        for name in ("experts", "top_k", "shards", "max_shard_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.experts > 1 and self.top_k > self.experts:
+        if self.top_k is None:
+            object.__setattr__(self, "top_k", 1 if self.experts == 1 else 2)
+        for name, least in (("experts", 1), ("top_k", 1), ("shards", 1), ("shared_shards", 0), ("max_shard_bytes", 1)):
+            if not isinstance(value := getattr(self, name), int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if any(not isinstance(layer, int) for layer in self.dense_layers):
+            raise ValueError(f"dense_layers={self.dense_layers!r} must be whole numbers")
+        for name, most in (("drop_ratio", 1.0), ("noise_std", 1e6), ("router_std", 1e6)):
+            # Written so that NaN is refused.
+            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value <= most:
+                raise ValueError(f"{name}={value!r} must be a number between 0 and {most:,.0f}")
+        if self.top_k is not None and self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} is above experts={self.experts}")
-        if not 0 <= self.drop_ratio <= 1:
-            raise ValueError(f"drop_ratio={self.drop_ratio} must be between 0 and 1")
-        if self.noise_std < 0:
-            raise ValueError(f"noise_std={self.noise_std} must be at least 0")
         if self.mode == "split":
             self._check_split()
         elif self.shards != 1 or self.shared_shards:
@@ -90,8 +95,8 @@ class Options:
     def _check_split(self) -> None:
         if self.shards < 2:
             raise ValueError(f"mode='split' needs at least 2 shards, got {self.shards}")
-        if not 0 <= self.shared_shards < self.shards:
-            raise ValueError(f"shared_shards={self.shared_shards} must be at least 0 and below shards={self.shards}")
+        if self.shared_shards >= self.shards:
+            raise ValueError(f"shared_shards={self.shared_shards} must be below shards={self.shards}")
         if self.router == "zero":
             raise ValueError("mode='split' needs router='random': with equal scores a token would miss a shard")
         routed = self.shards - self.shared_shards

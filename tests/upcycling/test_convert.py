@@ -212,6 +212,9 @@ def damage(kind, folder):
     if kind == "mlp bias":
         edit_config(folder, mlp_bias=True)
         return "llama with mlp_bias=True cannot be converted"
+    if kind == "unknown activation":
+        edit_config(folder, hidden_act="foo")
+        return "the activation 'foo' is not known; known are silu"
     if kind == "shape":
         edit_config(folder, intermediate_size=72)
         return r"has the shape \[64, 48\], the configuration says \[72, 48\]"
@@ -240,6 +243,7 @@ DAMAGES = [
     "no config",
     "config is not JSON",
     "mlp bias",
+    "unknown activation",
     "shape",
     "missing tensor",
     "unknown tensor",
@@ -285,7 +289,14 @@ def test_bad_index(source, tmp_path, kind):
     ("choices", "message"),
     [
         ({"experts": 2, "top_k": 3}, "top_k=3 is above experts=2"),
-        ({"experts": 0}, "experts=0 must be at least 1"),
+        ({"experts": 1, "top_k": 5}, "top_k=5 is above experts=1"),
+        ({"experts": 0}, "experts=0 must be a whole number of at least 1"),
+        ({"experts": 2.5}, "experts=2.5 must be a whole number"),
+        ({"mode": "noise", "noise_std": float("nan")}, "noise_std=nan must be a number between 0 and"),
+        ({"mode": "noise", "noise_std": float("inf")}, "noise_std=inf must be a number between 0 and"),
+        ({"mode": "drop", "drop_ratio": 1.5}, "drop_ratio=1.5 must be a number between 0 and 1"),
+        ({"router_std": float("nan")}, "router_std=nan must be a number between 0 and"),
+        ({"dense_layers": ("1",)}, "must be whole numbers"),
         ({"mode": "magic"}, "mode='magic' is unknown; known are copy, split"),
         ({"dense_layers": (7,)}, "dense layer 7 is none of the 3 layers"),
         (

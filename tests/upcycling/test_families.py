@@ -2,8 +2,9 @@
 
 import pytest
 from dense import DENSE, dense_model
+from transformers.activations import ACT2FN
 
-from hf_moe.upcycling.families import FAMILIES, family_of
+from hf_moe.upcycling.families import ACTIVATIONS, FAMILIES, family_of
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -37,3 +38,8 @@ def test_foreign_names_have_no_role():
 
 def test_every_family_is_tested():
     assert {model_type for model_type, _ in DENSE.values()} == set(FAMILIES)
+
+
+def test_every_activation_is_one_of_transformers():
+    for name in ACTIVATIONS:
+        assert not list(ACT2FN[name].parameters())
