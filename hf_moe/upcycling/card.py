@@ -58,15 +58,13 @@ _BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
 def write_card(plan: Plan, source: Source, folder: Path) -> None:
     """Write README.md: the same text for the same conversion, so without a date."""
     license_name = source.license()
-    named = [each for each in source.branches if each.revision]
+    # The Hub links base models by id and refuses a revision there; the card's text names it.
+    known = [each.location.partition("@")[0] for each in source.branches if each.revision]
     config = plan.config
     name = folder.name.removeprefix(".").removesuffix(".partial")
     text = _CARD.format(
         license=license_name or "other",
-        # The Hub links base models by id and refuses a revision here; the text below names it.
-        base_model="base_model:\n" + "".join(f"- {each.location.partition('@')[0]}\n" for each in named)
-        if named
-        else "",
+        base_model="base_model:\n" + "".join(f"- {each}\n" for each in known) if known else "",
         title=name,
         folder=name,
         sources=" and ".join(map(_described, source.branches)),
