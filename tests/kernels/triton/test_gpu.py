@@ -8,9 +8,13 @@ from test_layer import GPT_OSS, check, inputs, run
 from hf_moe.kernels.gating import Gating
 from hf_moe.kernels.layer import experts
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU: these tests are about its own tiles and graphs"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a GPU: these tests are about its own tiles and graphs"
+    ),
+    # PyTorch's own remarks: that the debug mode is a prototype, and that Inductor would like tf32.
+    pytest.mark.filterwarnings("ignore:Synchronization debug:UserWarning", "ignore:TensorFloat32:UserWarning"),
+]
 
 # Rows an expert: 12, 64, 500 and 2,000, so that every bucket of the tile tables is walked, with many tiles a program.
 SIZES = {
