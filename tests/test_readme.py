@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from upcycling.dense import save_dense
 
 from hf_moe.cli import app
+from hf_moe.upcycling.formats import matrix
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -33,6 +34,11 @@ def test_commands_exist():
         assert result.exit_code == 0, name
         for option in (argument for argument in arguments if argument.startswith("--")):
             assert option in result.stdout, (name, option)
+
+
+def test_table_of_formats_is_the_codes():
+    for row in matrix():
+        assert f"| {' | '.join(row)} |" in README
 
 
 def test_files_named_exist():
