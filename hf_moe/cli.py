@@ -1,9 +1,11 @@
 """The command line: `hf-moe`. Each command is thin; what it needs is imported inside of it, so that help is instant."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -196,8 +198,8 @@ def upcycle(
 
         options, target = _options(choices), check_target(out)
         path = convert(open_source([source, *(branch or [])]), target, options, progress=not quiet)
-        others = "".join(f" --branch {each}" for each in branch or [])
-        typer.echo(f"{path} is ready. Prove it with: hf-moe verify {source} {out}{others}")
+        words = ["hf-moe", "verify", source, str(out), *chain(*(("--branch", each) for each in branch or []))]
+        typer.echo(f"{path} is ready. Prove it with: {shlex.join(words)}")
 
 
 @app.command()
@@ -208,9 +210,9 @@ def verify(
     text: Annotated[
         Path | None, typer.Option(help="Text file to read; by default Python's language reference.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens whose logits are compared.")] = 2048,
-    new_tokens: Annotated[int, typer.Option(help="Greedy tokens that are compared.")] = 64,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of a logit, in float32.")] = 1e-4,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens whose logits are compared.")] = 2048,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens that are compared.")] = 64,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of a logit, in float32.")] = 1e-4,
     quiet: Quiet = False,
 ) -> None:
     """Compare a converted model with its source: bytes, logits, decoding. Writes certificate.json into the folder."""
@@ -286,12 +288,12 @@ def import_(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder that hf-moe upcycle made.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with a whole model: config.json and safetensors.")],
     repo_id: Annotated[str, typer.Argument(help="Repository of the Hub, owner/name; made if it does not exist.")],
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to write to.")] = None,
 ) -> None:
-    """Upload a converted model to the Hub. Started again, it sends only what is missing."""
+    """Upload a model to the Hub, however it was made. Started again, it sends only what is missing."""
     with one_sentence(resumable=True):
         from .upcycling.publish import push as run
 

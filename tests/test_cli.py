@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,6 +58,25 @@ def test_upcycle_then_verify(source, tmp_path):
     assert error.startswith("Error: moe fails: ")
 
 
+def test_printed_commands_can_be_run(tmp_path):
+    """Spaces in a name and the branches are in the next command, and in the card's."""
+    first, second = save_dense(tmp_path / "my dense"), save_dense(tmp_path / "my other", seed=1)
+    out = tmp_path / "my moe"
+    status, output, _ = call("upcycle", first, out, "--mode", "branch", "--branch", second, "--experts", 2, "-q")
+    assert status == 0
+    words = shlex.split(output[output.index("hf-moe ") :])
+    assert words == ["hf-moe", "verify", str(first), str(out), "--branch", str(second)]
+    assert call(*words[1:], "--tokens", 100, "--new-tokens", 8, "-q")[0] == 0
+
+    card = (out / "README.md").read_text()
+    words = shlex.split(next(line for line in card.splitlines() if line.startswith("hf-moe ")))
+    assert words[:8] == ["hf-moe", "upcycle", "my dense", "my moe", "--mode", "branch", "--branch", "my other"]
+    places = {"my dense": first, "my other": second, "my moe": tmp_path / "again"}
+    assert call(*[places.get(word, word) for word in words[1:]], "-q")[0] == 0
+    for file in out.glob("*.safetensors"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_plan(source, tmp_path):
     status, output, _ = call("plan", source, "--experts", 4)
     assert status == 0
@@ -94,7 +114,7 @@ def test_export_and_import(source, tmp_path):
         (["plan", "SOURCE", "--mode", "noise", "--noise-std", "nan"], "noise_std=nan must be a number"),
         (["verify", "SOURCE", "SOURCE"], "holds no provenance.json"),
         (["verify", "SOURCE", "EMPTY", "--text", "nothing.txt"], "nothing.txt"),
-        (["push", "SOURCE", "me/moe"], "was not made by hf-moe upcycle"),
+        (["push", "EMPTY", "me/moe"], "holds no config.json"),
     ],
 )
 def test_bad_input_is_one_line(source, tmp_path, words, message):
@@ -106,6 +126,13 @@ def test_bad_input_is_one_line(source, tmp_path, words, message):
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "empty"]
+
+
+@pytest.mark.parametrize("words", [["--tokens", "1"], ["--new-tokens", "0"], ["--tolerance", "-1"]])
+def test_numbers_out_of_range_are_named(source, tmp_path, words):
+    status, _, error = call("verify", source, tmp_path, *words)
+    assert status == 2
+    assert f"Invalid value for '{words[0]}'" in error
 
 
 def test_interrupt_from_the_keyboard(source, tmp_path):

@@ -1,5 +1,6 @@
 """The model card: where the model came from, what was done to it, and under which licence."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +129,18 @@ def command_line(plan: Plan, source: Source, name: str) -> str:
     """The command that makes this model again."""
     options = plan.options
     first, *others = source.branches
-    words = [f"hf-moe upcycle {first.title} {name} --mode {options.mode}"]
-    words += [f"--branch {other.title}" for other in others]
-    words.append(f"--experts {options.experts} --top-k {options.top_k}")
+    words: list[Any] = ["hf-moe", "upcycle", first.title, name, "--mode", options.mode]
+    for other in others:
+        words += ["--branch", other.title]
+    words += ["--experts", options.experts, "--top-k", options.top_k]
     if options.mode == "split":
-        words.append(f"--shards {options.shards} --shared-shards {options.shared_shards}")
-        words.append(f"--split-scale {options.split_scale}")
+        words += ["--shards", options.shards, "--shared-shards", options.shared_shards]
+        words += ["--split-scale", options.split_scale]
     if options.mode == "drop":
-        words.append(f"--drop-ratio {options.drop_ratio}")
+        words += ["--drop-ratio", options.drop_ratio]
     if options.mode == "noise":
-        words.append(f"--noise-std {options.noise_std}")
+        words += ["--noise-std", options.noise_std]
     if options.dense_layers:
-        words.append(f"--dense-layers {','.join(map(str, options.dense_layers))}")
-    words.append(f"--attention {options.attention} --router {options.router} --dtype {options.dtype}")
-    return " ".join([*words, f"--seed {options.seed}"])
+        words += ["--dense-layers", ",".join(map(str, options.dense_layers))]
+    words += ["--attention", options.attention, "--router", options.router, "--dtype", options.dtype]
+    return shlex.join(map(str, [*words, "--seed", options.seed]))
