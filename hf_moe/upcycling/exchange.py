@@ -15,36 +15,23 @@ from .formats import ENGINES, FORMATS, Format, format_of
 from .headers import INDEX_NAME, read_folder
 from .options import Options
 from .plan import DTYPE_NAMES, Plan, TargetTensor, pack
-from .sources import FolderSource
+from .sources import FolderSource, filled_in, read_config
 
 
 class MixtureSource(FolderSource):
     """A folder that holds a mixture already: ours, or one of `FORMATS`."""
 
     def __init__(self, path: Path):
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path} holds no config.json, so its architecture is unknown")
         # Not FolderSource's: that one wants a dense family.
         super(FolderSource, self).__init__(str(path), path)
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        raw = read_config(path)
         self.model_type = raw.get("model_type")
         if self.model_type != "hf_moe" and self.model_type not in FORMATS:
             known = ", ".join(["hf_moe", *FORMATS])
             raise ValueError(f"{path} holds a {self.model_type!r} model; known are {known}")
-        self.config = _complete(raw)
+        self.config = filled_in(raw)
         self.headers = self._stored = read_folder(path)
         self._scales, self._block = {}, None
-
-
-def _complete(raw: dict[str, Any]) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    from ..model.configuration_hf_moe import HfMoeConfig
-
-    raw = {key: value for key, value in raw.items() if key != "transformers_version"}
-    if raw["model_type"] == HfMoeConfig.model_type:
-        return HfMoeConfig(**raw).to_dict()
-    return AutoConfig.for_model(raw.pop("model_type"), **raw).to_dict()
 
 
 def export(

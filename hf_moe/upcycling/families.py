@@ -306,7 +306,7 @@ def family_of(config: Config) -> Family:
     Raises:
         ValueError: an architecture that is not in the table; the known ones are listed.
     """
-    family = FAMILIES.get(config.get("model_type", ""))
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         name = config.get("model_type") or (config.get("architectures") or ["without a model_type"])[0]
         raise ValueError(f"unknown architecture {name!r}; known are {', '.join(sorted(FAMILIES))}")

@@ -1,13 +1,12 @@
 """Repositories of the Hub: downloaded, or their headers alone by range requests."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .headers import TensorHeader
-from .sources import COPIED_FILES, FolderSource, Source, complete
+from .sources import COPIED_FILES, FolderSource, Source, complete, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +29,7 @@ class RemoteSource(Source):
             except NotASafetensorsRepoError as error:
                 raise ValueError(f"{location} holds no weights: no safetensors files") from error
         super().__init__(location, path.parent, revision or path.parent.name)
-        self.config = complete(json.loads(path.read_text(encoding="utf-8")))
+        self.config = complete(read_config(path.parent))
         self.headers = {
             name: TensorHeader(tensor.dtype, tuple(tensor.shape), Path(file), *tensor.data_offsets)
             for file, content in metadata.files_metadata.items()

@@ -109,4 +109,4 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"dense_layers": list(self.dense_layers)}

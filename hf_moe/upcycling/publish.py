@@ -1,23 +1,24 @@
-"""Share a converted folder on the Hub."""
+"""Share a model's folder on the Hub."""
 
 from pathlib import Path
 from typing import Any
 
-from .convert import PROVENANCE_NAME
 from .headers import read_folder
 from .hub_source import hub_errors
+from .sources import read_config
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, **api: Any) -> str:
     """Create the repository if need be and upload the folder.
 
     Args:
+        folder: a whole model, converted, exported, imported or trained further: config.json and safetensors.
         repo_id: "owner/name". private: of a repository that is created now. revision: branch, main by default.
         api: arguments of `huggingface_hub.HfApi`, such as `endpoint` and `token`.
     Returns:
         Address of the repository.
     Raises:
-        ValueError: the folder is not a whole converted model. ConnectionError: the Hub is out of reach or refuses.
+        ValueError: the folder is not a whole model. ConnectionError: the Hub is out of reach or refuses.
         OSError: a file of the folder cannot be read.
     """
     from huggingface_hub import HfApi
@@ -26,8 +27,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: s
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    if not (path / PROVENANCE_NAME).is_file():
-        raise ValueError(f"{folder} holds no {PROVENANCE_NAME}: it was not made by hf-moe upcycle")
+    read_config(path)
     read_folder(path)
     hub = HfApi(**api)
     try:
@@ -38,7 +38,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, revision: s
                 repo_id=repo_id,
                 folder_path=path,
                 revision=revision,
-                commit_message="Upload a model made by hf-moe upcycle",
+                commit_message="Upload a model made with hf-moe",
             )
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no repository name: {error}") from error

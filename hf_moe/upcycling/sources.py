@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+# A configuration divides by some of these; its class checks no more than that they are numbers.
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
 # What a tokenizer, a processor or `generate` reads; everything else of the source stays behind.
 COPIED_FILES = (
     "tokenizer*",
@@ -105,13 +110,7 @@ class FolderSource(Source):
 
     def __init__(self, location: str, path: Path, revision: str | None = None):
         super().__init__(location, path, revision)
-        config_path = path / "config.json"
-        if not config_path.is_file():
-            raise ValueError(f"{path} holds no config.json, so its architecture is unknown")
-        try:
-            raw = json.loads(config_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{config_path} is not JSON: {error}") from error
+        raw = read_config(path)
         self.config = complete(raw)
         self._stored = read_folder(path)
         self._scales = scale_names(raw, self._stored)
@@ -194,17 +193,49 @@ def torch_dtype(name: str) -> "torch.dtype":
     return names[name]
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json as it stands there.
+
+    Raises:
+        ValueError: there is none, or it is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json, so its architecture is unknown")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, not an object of options")
+    return raw
+
+
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as its class fills it in, old spellings of rope included."""
+    """A dense configuration as its class fills it in, old spellings of rope included."""
     from .families import family_of
 
     family_of(raw)  # names the known architectures before Transformers complains about an unknown one
+    return filled_in(raw)
+
+
+def filled_in(raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with every default of its class.
+
+    Raises:
+        ValueError: an option that the class refuses, or a size below 1.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     raw = {key: value for key, value in raw.items() if key != "transformers_version"}
+    for name in _SIZES:
+        # None is the class's default.
+        if (size := raw.get(name)) is not None and not (isinstance(size, int) and size >= 1):
+            raise ValueError(f"config.json is not valid: {name}={size!r} must be a whole number of at least 1")
     try:
         return AutoConfig.for_model(raw.pop("model_type"), **raw).to_dict()
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"config.json is not valid: {' '.join(str(error).split())}") from error
 
 

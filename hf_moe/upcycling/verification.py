@@ -69,21 +69,26 @@ def verify(
     Args:
         text: what the models read; by default the Python language reference that comes with the interpreter. Without
             a tokenizer the tokens are random.
+        tokens: at least 2; of a source with fewer positions, so many. new_tokens: at least 1.
         tolerance: largest |Δlogit| that passes.
     Returns:
         The certificate.
     Raises:
-        VerificationError: a byte or a number is off. ValueError: a folder that was not made by `upcycle`, or a text
-            that is too short.
+        VerificationError: a byte or a number is off. ValueError: a folder that was not made by `upcycle`, a text that
+            is too short, or too few tokens.
     Cost: both models in fp32, one after the other; S·V·8 bytes for the logits.
     """
     opened, folder = open_source(source), Path(target).expanduser()
-    failures = _check_bytes(opened, folder, progress)
+    tokens = min(tokens, opened.config.get("max_position_embeddings") or tokens)
+    if tokens < 2 or new_tokens < 1:
+        # A loss needs a next token.
+        raise ValueError(f"tokens={tokens} must be at least 2 and new_tokens={new_tokens} at least 1")
+    record = read_record(folder)
+    failures = _check_bytes(opened, folder, record, progress)
     certificate: dict[str, Any] = {"passed": False, "failures": failures, "source": opened.title}
-    record = json.loads((folder / PROVENANCE_NAME).read_text(encoding="utf-8"))
-    certificate |= {"revision": opened.revision, "options": record["options"]}
+    certificate |= {"revision": opened.revision, "options": record.options.to_dict()}
     if not failures:
-        exact = record["options"]["mode"] in EXACT_MODES
+        exact = record.options.mode in EXACT_MODES
         measured = _compare(opened, folder, text, tokens, new_tokens, progress)
         certificate |= measured
         failures += _judge(measured, tolerance, exact)
@@ -95,7 +100,7 @@ def verify(
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
-        "tensors": record["tensors"],
+        "tensors": record.tensors,
     }
     add_measurements(folder, certificate)
     path = folder / CERTIFICATE_NAME
@@ -109,16 +114,42 @@ def _and_more(failures: list[str]) -> str:
     return f" (and {len(failures) - 1} more, see {CERTIFICATE_NAME})" if len(failures) > 1 else ""
 
 
-def _check_bytes(source: Source, folder: Path, progress: bool) -> list[str]:
-    record_path = folder / PROVENANCE_NAME
-    if not record_path.is_file():
-        raise ValueError(f"{folder} holds no {PROVENANCE_NAME}: it was not made by hf-moe upcycle")
-    record = json.loads(record_path.read_text(encoding="utf-8"))
-    options = dict(record["options"])
-    options["dense_layers"] = tuple(options["dense_layers"])
-    plan = make_plan(source, Options(**options))
+@dataclass(frozen=True)
+class Record:
+    """What `provenance.json` says: the choices, file → hash, tensor → hash, and the entries of all tensors."""
+
+    options: Options
+    files: dict[str, str]
+    hashes: dict[str, str]
+    tensors: list[dict[str, Any]]
+
+
+def read_record(folder: Path) -> Record:
+    """Read `provenance.json`.
+
+    Raises:
+        ValueError: there is none, or it is not what `upcycle` writes.
+    """
+    path = folder / PROVENANCE_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no {PROVENANCE_NAME}, so nobody can say which bytes of a source made it: only what hf-moe "
+            "upcycle wrote can be verified, not a model that was exported, imported or trained further"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        choices = content["options"]
+        options = Options(**{**choices, "dense_layers": tuple(choices["dense_layers"])})
+        hashes = {tensor["name"]: tensor["sha256"] for tensor in content["tensors"]}
+        return Record(options, dict(content["files"]), hashes, content["tensors"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, hf-moe upcycle wrote something else: {error!r}") from error
+
+
+def _check_bytes(source: Source, folder: Path, record: Record, progress: bool) -> list[str]:
+    plan = make_plan(source, record.options)
     failures = []
-    for name, digest in record["files"].items():
+    for name, digest in record.files.items():
         if not (folder / name).is_file():
             failures.append(f"{name} is missing")
         elif sha256((folder / name).read_bytes()).hexdigest() != digest:
@@ -132,8 +163,7 @@ def _check_bytes(source: Source, folder: Path, progress: bool) -> list[str]:
     return failures
 
 
-def _differing(plan: Plan, source: Source, folder: Path, record: dict[str, Any], advance: Any) -> Iterator[str]:
-    recorded = {tensor["name"]: tensor["sha256"] for tensor in record["tensors"]}
+def _differing(plan: Plan, source: Source, folder: Path, record: Record, advance: Any) -> Iterator[str]:
     stream = ahead(produce(source, plan.tensors()))
     for shard in plan.shards:
         if not (folder / shard.file).is_file():
@@ -147,7 +177,7 @@ def _differing(plan: Plan, source: Source, folder: Path, record: dict[str, Any],
                 produced = next(stream)
                 if hash_bytes(file, tensor.nbytes) != produced.sha256:
                     yield f"{tensor.name} in {shard.file} differs from what its source gives"
-                elif recorded.get(tensor.name) != produced.sha256:
+                elif record.hashes.get(tensor.name) != produced.sha256:
                     yield f"{tensor.name} has another hash in {PROVENANCE_NAME}"
                 advance(tensor.nbytes)
 
@@ -209,7 +239,6 @@ def token_ids(source: Source, folder: Path, text: str | None, tokens: int) -> tu
     Raises:
         ValueError: the text has fewer tokens than asked for.
     """
-    tokens = min(tokens, source.config.get("max_position_embeddings") or tokens)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         random = torch.Generator().manual_seed(0)
         return torch.randint(source.config["vocab_size"], (1, tokens), generator=random), "random tokens, seed 0"

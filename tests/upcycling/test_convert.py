@@ -209,6 +209,18 @@ def damage(kind, folder):
     if kind == "config is not JSON":
         (folder / "config.json").write_text("{")
         return "is not JSON"
+    if kind == "config is a list":
+        (folder / "config.json").write_text("[]")
+        return "holds a list, not an object of options"
+    if kind == "layers are a word":
+        edit_config(folder, num_hidden_layers="x")
+        return "num_hidden_layers='x' must be a whole number of at least 1"
+    if kind == "no heads":
+        edit_config(folder, num_attention_heads=0)
+        return "num_attention_heads=0 must be a whole number of at least 1"
+    if kind == "option of another type":
+        edit_config(folder, rms_norm_eps="small")
+        return "config.json is not valid: .*rms_norm_eps"
     if kind == "mlp bias":
         edit_config(folder, mlp_bias=True)
         return "llama with mlp_bias=True cannot be converted"
@@ -242,6 +254,10 @@ DAMAGES = [
     "unknown architecture",
     "no config",
     "config is not JSON",
+    "config is a list",
+    "layers are a word",
+    "no heads",
+    "option of another type",
     "mlp bias",
     "unknown activation",
     "shape",

@@ -8,7 +8,7 @@ from dense import save_dense
 from huggingface_hub import _upload_pipeline
 from huggingface_hub.errors import HTTPError
 
-from hf_moe.upcycling import Options, open_source, push, upcycle
+from hf_moe.upcycling import Options, export, import_mixture, open_source, push, upcycle
 from hf_moe.upcycling.convert import convert
 from hf_moe.upcycling.sources import FolderSource
 
@@ -18,7 +18,12 @@ def target(tmp_path):
     return upcycle(save_dense(tmp_path / "dense"), tmp_path / "moe", experts=2, progress=False)
 
 
-def test_creates_the_repository_and_commits_every_file(target, monkeypatch):
+@pytest.mark.parametrize("made_by", ["upcycle", "export", "import"])
+def test_creates_the_repository_and_commits_every_file(target, tmp_path, monkeypatch, made_by):
+    if made_by != "upcycle":
+        target = export(target, tmp_path / "mixtral", "mixtral", progress=False)
+    if made_by == "import":
+        target = import_mixture(target, tmp_path / "back", progress=False)
     sent = {}
 
     def create_repo(self, repo_id, **arguments):
@@ -88,7 +93,11 @@ def test_no_network(target, monkeypatch):
 def test_bad_names_and_folders(target, tmp_path):
     with pytest.raises(ValueError, match="is no repository name"):
         push(target, "a/b/c")
-    with pytest.raises(ValueError, match="was not made by hf-moe upcycle"):
-        push(tmp_path / "dense", "me/moe")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        push(tmp_path / "empty", "me/moe")
+    (target / "config.json").rename(tmp_path / "empty" / "config.json")
+    with pytest.raises(ValueError, match="holds no weights"):
+        push(tmp_path / "empty", "me/moe")
     with pytest.raises(ValueError, match="is not a folder"):
         push(tmp_path / "nothing", "me/moe")

@@ -91,5 +91,26 @@ def test_without_a_tokenizer(tmp_path):
 
 
 def test_a_folder_of_other_origin(source):
-    with pytest.raises(ValueError, match=r"holds no provenance.json"):
+    with pytest.raises(ValueError, match=r"holds no provenance.json, .* not a model that was exported, imported"):
         verify(source, source, **QUICK)
+
+
+@pytest.mark.parametrize(("count", "number"), [("tokens", 1), ("tokens", 0), ("new_tokens", 0)])
+def test_too_few_tokens(source, target, count, number):
+    with pytest.raises(ValueError, match=f"{count}={number} (must be|at least)"):
+        verify(source, target, **{**QUICK, count: number})
+    assert not (target / "certificate.json").exists()
+
+
+def test_a_source_of_one_position(tmp_path):
+    source = save_dense(tmp_path / "dense", max_position_embeddings=1)
+    target = upcycle(source, tmp_path / "moe", progress=False)
+    with pytest.raises(ValueError, match="tokens=1 must be at least 2"):
+        verify(source, target, **QUICK)
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", "{", '{"options": {}, "files": {}, "tensors": []}', "null"])
+def test_damaged_provenance(source, target, record):
+    (target / "provenance.json").write_text(record)
+    with pytest.raises(ValueError, match=r"provenance.json is damaged"):
+        verify(source, target, **QUICK)
