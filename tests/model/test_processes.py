@@ -84,7 +84,8 @@ def trained(way, folder, name):
 
 def assert_same_step(weights, expected, before):
     for name, weight in expected.items():
-        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {text}")
+        difference = (weights[name] - weight).abs().max().item()
+        assert difference <= 1e-6 + 1e-5 * weight.abs().max().item(), name
     routers = [name for name in before if name.endswith("gate.weight")]
     assert all((expected[name] - before[name]).abs().max() > 1e-2 for name in routers)
 
