@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,8 +57,10 @@ def check_target(out: str | Path) -> Path:
     """The absolute path of a folder that can be made.
 
     Raises:
-        FileExistsError, ValueError.
+        FileExistsError, ValueError. OSError: a system without the locks and the renaming that a conversion rests on.
     """
+    if platform.system() == "Windows":
+        raise OSError("folders are written on Linux and macOS only: on Windows use WSL, where all of this works")
     target = Path(out).expanduser().absolute()
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"{out} exists; choose another name or remove it")

@@ -4,7 +4,6 @@ Line 1 names the plan. A line is appended after the tensor's bytes, so a line wi
 line are written again.
 """
 
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -21,6 +20,9 @@ class Journal:
     """
 
     def __init__(self, folder: Path, digest: str):
+        # Not at the top: Windows has none, and what only reads runs there.
+        import fcntl
+
         self._file = (folder / JOURNAL_NAME).open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -341,6 +341,15 @@ def test_existing_target_and_missing_parent(source, tmp_path):
         upcycle(source, tmp_path / "nowhere" / "moe", **CHOICES)
 
 
+def test_windows_is_refused_in_one_sentence(source, tmp_path, monkeypatch):
+    """Before anything is written; what only reads needs none of what Windows lacks."""
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(OSError, match="on Linux and macOS only"):
+        upcycle(source, tmp_path / "moe", **CHOICES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
 def test_hub_id_without_network(tmp_path):
     with pytest.raises(ConnectionError, match="'nobody/nothing' is no folder here and the Hub cannot be reached"):
         upcycle("nobody/nothing", tmp_path / "moe", progress=False)
