@@ -2,6 +2,9 @@
 
 import argparse
 
+import typer
+
+from hf_moe.cli import one_sentence
 from hf_moe.upcycling import upcycle, verify
 
 if __name__ == "__main__":
@@ -10,7 +13,11 @@ if __name__ == "__main__":
     parser.add_argument("out", help="folder to make")
     parser.add_argument("--mode", default="copy")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--top-k", type=int)
     arguments = parser.parse_args()
-    upcycle(arguments.source, arguments.out, mode=arguments.mode, experts=arguments.experts, top_k=arguments.top_k)
-    verify(arguments.source, arguments.out)
+    with one_sentence(resumable=True):
+        upcycle(arguments.source, arguments.out, mode=arguments.mode, experts=arguments.experts, top_k=arguments.top_k)
+        certificate = verify(arguments.source, arguments.out)
+        typer.echo(
+            f"{arguments.out}: max |Δlogit| {certificate['logits']['max_abs_difference']:.2e}, see certificate.json"
+        )

@@ -1,6 +1,8 @@
-"""The command line: `hf-moe`. Each command is thin; what it needs is imported inside of it, so that help is instant."""
+"""The command line: `hf-moe`. Each command is thin and imports inside of it what it needs.
 
-import os
+The package itself imports Transformers, to register its model: some seconds that every command waits for, help too.
+"""
+
 import shlex
 import sys
 from collections.abc import Iterator
@@ -316,8 +318,6 @@ def demo(
 
 def main() -> None:
     """Entry point of the `hf-moe` command."""
-    # Import time of Transformers is no moment for its advice about optional packages.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
 
 

@@ -2,13 +2,16 @@
 
 import json
 import os
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
 from hf_moe.cli import app
@@ -75,6 +78,39 @@ def test_printed_commands_can_be_run(tmp_path):
     assert call(*[places.get(word, word) for word in words[1:]], "-q")[0] == 0
     for file in out.glob("*.safetensors"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def script(name, *words, status=0):
+    """Run a script of conversion/ in a process of its own; returns its standard output and error."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, str(root / "conversion" / name), *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == status, result.stderr
+    return result.stdout, result.stderr
+
+
+def test_script_that_upcycles(tmp_path):
+    # Few positions, so that the proof is short.
+    source = save_dense(tmp_path / "dense", max_position_embeddings=128, tokenizer=True)
+    output, _ = script("upcycle.py", source, tmp_path / "moe", "--experts", 2)
+    assert "max |Δlogit| " in output
+    assert json.loads((tmp_path / "moe" / "certificate.json").read_text())["passed"]
+    output, error = script("upcycle.py", source, tmp_path / "moe", status=1)
+    assert output == ""
+    assert error == f"Error: {tmp_path / 'moe'} exists; choose another name or remove it\n"
+
+
+def test_script_that_pushes(source, tmp_path, monkeypatch, capsys):
+    path = Path(__file__).parents[1] / "conversion" / "push_to_hub.py"
+    monkeypatch.setattr(sys, "argv", [str(path), str(source), "me/moe", "--private"])
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: "https://huggingface.co/me/moe")
+    monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: None)
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out == "https://huggingface.co/me/moe\n"
+    output, error = script("push_to_hub.py", tmp_path / "nothing", "me/moe", status=1)
+    assert output == ""
+    assert error == f"Error: {tmp_path / 'nothing'} is not a folder\n"
 
 
 def test_plan(source, tmp_path):
