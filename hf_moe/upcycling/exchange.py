@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .convert import build, check_target, copy_tokenizer
-from .families import Part
-from .formats import ENGINES, FORMATS, Format, format_of
+from .convert import build, check_target, copy_model_files, copy_tokenizer
+from .families import Part, check_activation
+from .formats import ENGINES, MIXTURES, Format, Mixture, format_of
 from .headers import INDEX_NAME, read_folder
 from .options import Options
 from .plan import DTYPE_NAMES, Plan, TargetTensor, pack
@@ -19,15 +19,15 @@ from .sources import FolderSource, filled_in, read_config
 
 
 class MixtureSource(FolderSource):
-    """A folder that holds a mixture already: ours, or one of `FORMATS`."""
+    """A folder that holds a mixture already: ours, or one of `MIXTURES`."""
 
     def __init__(self, path: Path):
         # Not FolderSource's: that one wants a dense family.
         super(FolderSource, self).__init__(str(path), path)
         raw = read_config(path)
         self.model_type = raw.get("model_type")
-        if self.model_type != "hf_moe" and self.model_type not in FORMATS:
-            known = ", ".join(["hf_moe", *FORMATS])
+        if self.model_type not in ("hf_moe", *MIXTURES):
+            known = ", ".join(["hf_moe", *MIXTURES])
             raise ValueError(f"{path} holds a {self.model_type!r} model; known are {known}")
         self.config = filled_in(raw)
         self.headers = self._stored = read_folder(path)
@@ -61,14 +61,17 @@ def export(
 
 
 def import_mixture(folder: str | Path, out: str | Path, *, progress: bool = True) -> Path:
-    """Read a Mixtral, Qwen3-MoE or DeepSeek-V3 folder as a model of ours: latents, exact.
+    """Read a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or DeepSeek-V3 folder as a model of ours: latents, exact.
 
     Raises:
         ValueError: another architecture, or an option that the target cannot hold.
     """
     target, source = check_target(out), MixtureSource(Path(folder).expanduser())
-    layout = format_of(str(source.model_type))
-    fields = _inward_fields(source.config)
+    if source.model_type == "hf_moe":
+        raise ValueError(f"{folder} holds an 'hf_moe' model already")
+    layout = MIXTURES[str(source.model_type)]
+    fields = _inward_fields(source, layout)
+    check_activation(fields["hidden_act"])
     tensors = list(_inward(source, layout, fields))
     return _write(source, target, "hf_moe", fields, tensors, progress)
 
@@ -113,18 +116,20 @@ def _renamed(name: str, layout: Format) -> str:
     return name
 
 
-def _inward(source: MixtureSource, layout: Format, fields: dict[str, Any]) -> Iterator[TargetTensor]:
+def _inward(source: MixtureSource, layout: Mixture, fields: dict[str, Any]) -> Iterator[TargetTensor]:
     """Our tensors, in the order of their files' headers."""
     back = {theirs: ours for ours, theirs in layout.experts.items()}
     shape = {"groups": fields["num_key_value_heads"], "nope": 0}
     heads = {"heads": fields["num_attention_heads"], **shape, "value": fields["v_head_dim"], "scale": 1.0}
     for name, header in source.headers.items():
-        ours = name.replace(f".{layout.block}.", ".mlp.")
+        ours = name.replace(f".{layout.block}.", ".mlp.").replace(f".{layout.shared}.", ".shared_experts.")
         if layout.block != "mlp" and ".experts." in ours:
             stem, projection, suffix = ours.rsplit(".", 2)
             ours = f"{stem}.{back[projection]}.{suffix}"
-        if "latent attention" in layout.needs or ".self_attn." not in name:
+        if layout.latent or ".self_attn." not in name or ".q_proj." in name:
             yield _copy(source, ours, Part(name))
+        elif name.endswith(".bias"):
+            yield from _inward_bias(source, name, fields)
         elif name.endswith("v_proj.weight"):
             key = name.replace("v_proj", "k_proj")
             rows = header.shape[0] + source.headers[key].shape[0]
@@ -147,23 +152,54 @@ def _inward(source: MixtureSource, layout: Format, fields: dict[str, Any]) -> It
                 _layer(name),
             )
         elif not name.endswith("k_proj.weight"):
-            if name.endswith(".bias"):
-                raise ValueError(f"{name}: biases of a {source.model_type} model cannot be imported")
             yield _copy(source, ours, Part(name))
 
 
-def _inward_fields(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Our configuration of theirs."""
-    if theirs["model_type"] == "deepseek_v3":
+def _inward_bias(source: MixtureSource, name: str, fields: dict[str, Any]) -> Iterator[TargetTensor]:
+    """Key bias: that of the rotary keys. Output bias: the sum of its own and the values', which have none of their own.
+
+    In float32, since a sum of two numbers of 16 bits is none.
+    """
+    prefix, projection, _ = name.rsplit(".", 2)
+    groups, hidden = fields["num_key_value_heads"], fields["hidden_size"]
+    if projection == "k_proj":
+        shape = {"groups": groups, "nope": 0, "value": fields["v_head_dim"]}
+        size = fields["kv_lora_rank"] + groups * fields["qk_rope_head_dim"]
+        target = f"{prefix}.kv_a_proj_with_mqa.bias"
+        arguments, dtype = tuple(sorted(shape.items())), source.headers[name].dtype
+        yield TargetTensor(target, (size,), dtype, "key_bias", (Part(name),), arguments, _layer(name))
+    elif projection == "v_proj":
+        heads = {"heads": fields["num_attention_heads"], "groups": groups, "scale": 1.0}
+        own = f"{prefix}.o_proj.bias"
+        parts = [Part(own)] if own in source.headers else []
+        parts += [Part(f"{prefix}.o_proj.weight"), Part(name)]
+        arguments = tuple(sorted(heads.items()))
+        yield TargetTensor(own, (hidden,), "F32", "output_bias", tuple(parts), arguments, _layer(name))
+    elif f"{prefix}.v_proj.bias" not in source.headers:
+        yield _copy(source, name, Part(name))
+
+
+def _inward_fields(source: MixtureSource, layout: Mixture) -> dict[str, Any]:
+    """Our configuration of theirs.
+
+    Raises:
+        ValueError: an option that ours cannot hold.
+    """
+    theirs = source.config
+    if theirs.get("clip_qkv") is not None:
+        raise ValueError(f"clip_qkv={theirs['clip_qkv']} of a {layout.model_type} model has no equal here, only None")
+    if layout.latent:
         from ..model.translation_hf_moe import translate
 
         return translate(theirs) | {"architectures": ["HfMoeForCausalLM"]}
     width = theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"]
-    mixtral = theirs["model_type"] == "mixtral"
+    mixtral = layout.model_type == "mixtral"
+    biased = {role: any(name.endswith(f"{role}_proj.bias") for name in source.headers) for role in "qkvo"}
     step = theirs.get("decoder_sparse_step") or 1
     dense = set(theirs.get("mlp_only_layers") or ())
     layers = range(theirs["num_hidden_layers"])
     window = theirs.get("sliding_window") if mixtral or theirs.get("use_sliding_window") else None
+    shared = theirs.get("shared_expert_intermediate_size")
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
     names += " hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings pad_token_id"
     names += " bos_token_id eos_token_id rope_parameters num_experts_per_tok router_aux_loss_coef dtype"
@@ -174,10 +210,16 @@ def _inward_fields(theirs: dict[str, Any]) -> dict[str, Any]:
         "qk_rope_head_dim": width,
         "v_head_dim": width,
         "kv_a_layernorm": False,
-        "qk_norm": None if mixtral else "head",
+        "qk_norm": layout.qk_norm,
+        "q_bias": biased["q"],
+        "kv_bias": biased["k"],
+        "o_bias": biased["o"] or biased["v"],
+        "layer_types": theirs.get("layer_types"),
         "sliding_window": window,
-        "moe_intermediate_size": theirs["intermediate_size"] if mixtral else theirs["moe_intermediate_size"],
-        "n_routed_experts": theirs["num_local_experts"],
+        "moe_intermediate_size": theirs.get("moe_intermediate_size") or theirs["intermediate_size"],
+        "shared_expert_intermediate_size": shared,
+        "shared_expert_gate": bool(shared),
+        "n_routed_experts": theirs.get("num_local_experts") or theirs["num_experts"],
         "norm_topk_prob": True if mixtral else theirs["norm_topk_prob"],
         "mlp_layer_types": ["dense" if i in dense or (i + 1) % step else "sparse" for i in layers],
     }
@@ -200,20 +242,25 @@ def _write(
     fields["dtype"] = str(fields.get("dtype") or DTYPE_NAMES[tensors[0].dtype]).removeprefix("torch.")
     options = Options()
     plan = Plan(source.location, None, str(source.model_type), options, fields, pack(tensors, options))
+    # Refuses, before anything is written, what the model could not be built from.
+    config = _configuration(kind, fields)
 
     def finish(folder: Path, _: Any) -> None:
-        from transformers import AutoConfig
-
-        from ..model.configuration_hf_moe import HfMoeConfig
-        from .convert import copy_model_files
-
         (folder / INDEX_NAME).write_text(json.dumps(plan.index(), indent=1) + "\n", encoding="utf-8")
+        config.save_pretrained(folder)
         if kind == "hf_moe":
-            HfMoeConfig(**fields).save_pretrained(folder)
             copy_model_files(folder)
-        else:
-            rest = {key: value for key, value in fields.items() if key != "model_type"}
-            AutoConfig.for_model(kind, **rest).save_pretrained(folder)
         copy_tokenizer(source, folder)
 
     return build(plan, source, target, plan.digest(source.fingerprint()), finish, progress)
+
+
+def _configuration(kind: str, fields: dict[str, Any]) -> Any:
+    """The configuration object of a model type."""
+    from transformers import AutoConfig
+
+    from ..model.configuration_hf_moe import HfMoeConfig
+
+    if kind == HfMoeConfig.model_type:
+        return HfMoeConfig(**fields)
+    return AutoConfig.for_model(kind, **{key: value for key, value in fields.items() if key != "model_type"})

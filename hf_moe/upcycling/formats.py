@@ -110,26 +110,40 @@ def _deepseek_v3(c: Fields) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Format:
-    """A class of Transformers as a place for our weights.
+class Mixture:
+    """A class of Transformers that we read.
 
     Attributes:
         architecture: its name in config.json.
-        holds: features that it computes as we do. needs: those that it cannot do without.
-        fields: our configuration → its own.
-        block: its name of the mixture; experts: our projection → its own.
-        misread: engine → feature → why that engine would compute something else.
+        block: its name of the mixture; experts: our projection → its own; shared: its name of the shared experts.
+        latent: whether its attention is latent already.
+        qk_norm: as in our configuration.
     """
 
     model_type: str
     architecture: str
-    holds: frozenset[str]
-    needs: frozenset[str]
-    fields: Callable[[Fields], dict[str, Any]]
     block: str = "mlp"
     experts: Mapping[str, str] = field(
         default_factory=lambda: {name: name for name in ("gate_proj", "up_proj", "down_proj")}
     )
+    shared: str = "shared_experts"
+    latent: bool = False
+    qk_norm: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(Mixture):
+    """A class that is a place for our weights, too.
+
+    Attributes:
+        holds: features that it computes as we do. needs: those that it cannot do without.
+        fields: our configuration → its own.
+        misread: engine → feature → why that engine would compute something else.
+    """
+
+    holds: frozenset[str]
+    needs: frozenset[str]
+    fields: Callable[[Fields], dict[str, Any]]
     misread: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def obstacle(self, config: Fields, engine: str) -> str | None:
@@ -167,6 +181,7 @@ FORMATS = {
         Format(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
+            qk_norm="head",
             holds=frozenset(
                 {
                     "grouped-query attention",
@@ -184,6 +199,7 @@ FORMATS = {
         Format(
             "deepseek_v3",
             "DeepseekV3ForCausalLM",
+            latent=True,
             holds=frozenset(
                 {
                     "latent attention",
@@ -203,6 +219,14 @@ FORMATS = {
             misread={"vllm": _DEEPSEEK_SERVERS, "sglang": _DEEPSEEK_SERVERS},
         ),
     )
+}
+
+
+# Those that come in, but do not go out: a bias of values has become one of the output.
+MIXTURES: dict[str, Mixture] = {
+    **FORMATS,
+    "qwen2_moe": Mixture("qwen2_moe", "Qwen2MoeForCausalLM", shared="shared_expert"),
+    "olmoe": Mixture("olmoe", "OlmoeForCausalLM", qk_norm="projection"),
 }
 
 

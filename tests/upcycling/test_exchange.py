@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
-from dense import random_ids, save_dense
+from dense import COMMON, random_ids, save_dense
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tiny import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_moe.upcycling import export, import_mixture, upcycle
 from hf_moe.upcycling.formats import FEATURES, FORMATS, format_of, matrix
@@ -47,6 +47,58 @@ def test_there_and_back(tmp_path, name):
     assert all(torch.equal(first[key], again[key]) for key in first)
     again = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32).eval()
     assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+# name → model type and options, for mixtures that were never ours.
+FOREIGN = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": 8}),
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [1]}),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}),
+    "qwen2_moe_sliding": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 3,
+        },
+    ),
+    "olmoe": ("olmoe", {"num_experts": 4, "norm_topk_prob": False}),
+    "olmoe_biases": ("olmoe", {"num_experts": 4, "attention_bias": True}),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@torch.no_grad()
+def test_foreign_mixtures_come_in_exactly(tmp_path, name):
+    model_type, options = FOREIGN[name]
+    config = AutoConfig.for_model(model_type, **{**COMMON, "num_experts_per_tok": 2, **options})
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for key, parameter in theirs.named_parameters():
+        if key.endswith("bias") or "norm" in key or "gate.weight" in key:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = AutoModelForCausalLM.from_pretrained(
+        import_mixture(tmp_path / "theirs", tmp_path / "ours", progress=False), dtype=torch.float32
+    ).eval()
+    ids = random_ids()
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
+    assert ours.config.norm_topk_prob == options.get("norm_topk_prob", name == "mixtral")
+    greedy = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **greedy), theirs.generate(ids, **greedy))
+
+
+def test_clipped_queries_are_refused(tmp_path):
+    config = AutoConfig.for_model("olmoe", **COMMON, num_experts=4, num_experts_per_tok=2, clip_qkv=8.0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"clip_qkv=8\.0 of a olmoe model has no equal here"):
+        import_mixture(tmp_path / "theirs", tmp_path / "ours", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
 @torch.no_grad()
