@@ -174,7 +174,8 @@ def test_numbers_out_of_range_are_named(source, tmp_path, words):
 def test_interrupt_from_the_keyboard(source, tmp_path):
     # Slowed down, so that Ctrl-C falls into the writing.
     script = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
 from hf_moe.upcycling import stream
 produce = stream.produce
 def slow(*arguments):

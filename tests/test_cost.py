@@ -1,7 +1,7 @@
 """The arithmetic against models that exist."""
 
 import pytest
-from conftest import VARIANTS, tiny_model
+from tiny import VARIANTS, tiny_model
 
 from hf_moe import cost
 

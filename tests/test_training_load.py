@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from tiny import random_ids, tiny_model
 
 from hf_moe.training import measure_expert_load
 

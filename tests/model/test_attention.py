@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, random_ids, tiny_config, tiny_model
+from tiny import TINY, random_ids, tiny_config, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from hf_moe.model.attention_hf_moe import HfMoeAttention, HfMoeRotaryEmbedding

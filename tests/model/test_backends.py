@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model
+from tiny import random_ids, tiny_config, tiny_model
 from torch._dynamo.utils import counters
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.masking_utils import eager_mask

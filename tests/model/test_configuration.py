@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassError
+from tiny import tiny_config
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from tiny import random_ids, tiny_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 GREEDY = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=98, pad_token_id=0)

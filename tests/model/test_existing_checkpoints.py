@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
+from tiny import random_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel

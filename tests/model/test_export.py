@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from tiny import random_ids, tiny_model
 from torch.export import Dim, export
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 

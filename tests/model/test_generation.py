@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from tiny import random_ids, tiny_model
 from transformers import DynamicCache, StaticCache
 
 NEW = 8

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import VARIANTS, random_ids, tiny_model
+from tiny import VARIANTS, random_ids, tiny_model
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from hf_moe import HfMoeForCausalLM

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import random_ids, tiny_model
+from tiny import random_ids, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from hf_moe import HfMoeForCausalLM

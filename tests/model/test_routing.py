@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model
+from tiny import random_ids, tiny_config, tiny_model
 
 from hf_moe.model.routing_hf_moe import (
     HfMoeTopkRouter,
