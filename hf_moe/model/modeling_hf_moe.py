@@ -315,7 +315,7 @@ class HfMoeModel(HfMoePreTrainedModel):
 
         Raises:
             ValueError: a trainer asks for router logits without the head, to compute Mixtral's loss of them, and this
-                router is not Mixtral's (TRL's SFTTrainer does so).
+                router is not Mixtral's or has more losses (TRL's SFTTrainer does so).
         """
         wants_logits = self.training and kwargs.get("output_router_logits") and self.config.router_aux_loss_coef
         if not kwargs.pop("from_own_head", False) and wants_logits:
@@ -325,6 +325,11 @@ class HfMoeModel(HfMoePreTrainedModel):
                     f"router_aux_loss_coef={self.config.router_aux_loss_coef} outside of {type(self).__name__}'s own "
                     f"head would be that of a greedy softmax router, and this one is {router}: set it to 0"
                 )
+            for name in ("router_seq_aux_loss_coef", "router_z_loss_coef"):
+                if value := getattr(self.config, name):
+                    raise ValueError(
+                        f"{name}={value} would be left out: only {type(self).__name__}'s own head adds it; set it to 0"
+                    )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:

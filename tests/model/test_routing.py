@@ -163,3 +163,25 @@ def test_checkpointing_keeps_the_routers_gradient_or_says_that_it_cannot(use_ree
 def test_generate_with_router_logits_and_a_static_cache():
     model, ids = tiny_model("sandwich", output_router_logits=True), random_ids(1, 5)
     model.generate(ids, max_new_tokens=3, cache_implementation="static", disable_compile=True)
+
+
+@pytest.mark.parametrize(
+    ("variant", "losses", "message"),
+    [
+        ("gqa", {"router_aux_loss_coef": 0.1}, None),
+        ("gqa", {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}, None),
+        ("deepseek_v3", {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1 .* greedy softmax router"),
+        ("gqa", {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.2}, "router_z_loss_coef=0.2 would be left out"),
+        ("gqa", {"router_aux_loss_coef": 0.1, "router_seq_aux_loss_coef": 0.2}, "router_seq_aux_loss_coef=0.2 would"),
+    ],
+)
+def test_a_trainer_that_asks_the_base_model_for_router_logits_computes_all_losses_or_is_refused(
+    variant, losses, message
+):
+    model, ids = tiny_model(variant, **losses).train(), random_ids(2, 9)
+    model(ids, labels=ids, output_router_logits=True)
+    if message is None:
+        assert model.model(ids, output_router_logits=True).router_logits
+    else:
+        with pytest.raises(ValueError, match=message):
+            model.model(ids, output_router_logits=True)
