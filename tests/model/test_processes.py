@@ -13,6 +13,12 @@ from transformers import Trainer, TrainingArguments
 
 from hf_moe import HfMoeForCausalLM
 
+# Ranks that Trainer started have been seen to hang at their exit, after the result is written.
+pytestmark = pytest.mark.skipif(
+    os.environ.get("HF_MOE_PROCESS_TESTS") != "1",
+    reason="gloo ranks under Trainer may hang at exit: run alone with HF_MOE_PROCESS_TESTS=1",
+)
+
 SAMPLES, LEARNING_RATE = 8, 0.5
 # Processes, sequences a micro-batch, micro-batches a step: all of them take the same eight sequences in each step.
 WAYS = {"whole": (1, 8, 1), "micro_batches": (1, 1, 8), "processes": (2, 4, 1), "both": (2, 2, 2)}
