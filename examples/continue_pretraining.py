@@ -1,0 +1,234 @@
+"""Continue pre-training: a dense model against the mixtures made of it, on the same tokens in the same order.
+
+    python examples/continue_pretraining.py --tiny                     # seconds on a CPU: a random model, random ids
+    python examples/continued/prepare_text.py .data                    # once: real text, from Debian's manuals
+    python examples/continue_pretraining.py --text .data --compile     # SmolLM2-135M, 20 M tokens, one GPU
+
+Writes results.json, curves.json and two pictures into --output, a row at a time. Training is bfloat16 autocast over
+float32 weights; experts are balanced by the selection bias alone.
+"""
+
+import argparse
+import json
+import lzma
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_moe.demo.run import packaged_checkpoint
+from hf_moe.training import SelectionBiasCallback, measure_expert_load, use_selection_bias
+from hf_moe.upcycling import open_source, upcycle
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "copy": {"mode": "copy", "experts": 4, "top_k": 2},
+    "split": {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 12, "top_k": 3},
+    "drop": {"mode": "drop", "experts": 4, "top_k": 2, "drop_ratio": 0.5},
+}
+RUNS = {"dense": "continued", "copy": "copy, 4 experts, top-2", "split": "1 + 3 of 12 quarters", "drop": "half redrawn"}
+
+
+class Tokens(Dataset[dict[str, torch.Tensor]]):
+    """Consecutive pieces of one long row of token ids."""
+
+    def __init__(self, ids: np.ndarray, length: int):
+        self.rows = torch.from_numpy(ids[: len(ids) // length * length].reshape(-1, length).astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+class Echo(TrainerCallback):
+    """One line an evaluation, with the speed since the last one."""
+
+    def __init__(self, tokens_a_step: int):
+        self.tokens_a_step, self.step, self.time = tokens_a_step, 0, time.monotonic()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        now, steps = time.monotonic(), state.global_step - self.step
+        speed = steps * self.tokens_a_step / (now - self.time)
+        print(f"  step {state.global_step}: held-out {metrics['eval_loss']:.4f}, {speed:,.0f} tokens/s", flush=True)
+        self.step, self.time = state.global_step, now
+
+
+def unpack(path: Path) -> np.ndarray:
+    """The array in an xz'd .npy file."""
+    with lzma.open(path) as file:
+        return np.load(file)
+
+
+def load(source: Path, init: str, folder: Path) -> Any:
+    """The dense model, or a mixture upcycled from it; float32, on the GPU where there is one."""
+    if init == "dense":
+        model = AutoModelForCausalLM.from_pretrained(**open_source(source).load_arguments(), dtype=torch.float32)
+    else:
+        if not (folder / init).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            upcycle(source, folder / init, **MIXTURES[init])
+        model = AutoModelForCausalLM.from_pretrained(folder / init, dtype=torch.float32)
+        use_selection_bias(model)
+        model.config.router_aux_loss_coef = 0.0
+    model.config.use_cache = False
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compile_parts(model: Any) -> None:
+    """Compile one decoder layer, which serves them all, and the loss: seconds instead of minutes."""
+    torch.compiler.reset()
+    # The residual stream in half precision, like the products that feed it.
+    for module in (model.get_input_embeddings(), *(layer.mlp for layer in model.model.layers)):
+        module.register_forward_hook(in_half)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+    model.loss_function = torch.compile(model.loss_function, dynamic=False)
+
+
+def in_half(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """A forward hook; one function for all layers, so that they share a graph."""
+    return output.bfloat16()
+
+
+def train(model: Any, init: str, text: dict[str, Tokens], options: argparse.Namespace) -> tuple[dict, list]:
+    """One run: its row of the table, and its curve as [[tokens, held-out loss], …]."""
+    if options.compile:
+        compile_parts(model)
+    per_step = options.batch * options.length
+    arguments = TrainingArguments(
+        output_dir=str(options.output / "runs" / init),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        train_sampling_strategy="sequential",
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, options.steps // 20),
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        optim="adamw_torch_fused",
+        bf16=options.compile or torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        eval_strategy="steps",
+        eval_steps=options.eval_steps,
+        prediction_loss_only=True,
+        save_strategy="no",
+        logging_steps=max(1, options.eval_steps // 4),
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=options.seed,
+    )
+    callbacks: list[TrainerCallback] = [Echo(per_step)]
+    if init != "dense":
+        callbacks.append(SelectionBiasCallback(rate=options.bias_rate))
+    trainer = Trainer(model, arguments, train_dataset=text["train"], eval_dataset=text["heldout"], callbacks=callbacks)
+    curve = [[0, trainer.evaluate()["eval_loss"]]]
+    trainer.train()
+    curve += [[e["step"] * per_step, e["eval_loss"]] for e in trainer.state.log_history if "eval_loss" in e]
+    balance = None
+    if init != "dense":
+        # A compiled layer would not see the hooks that count.
+        with torch.compiler.set_stance("force_eager"), measure_expert_load(model) as experts:
+            trainer.evaluate()
+        balance = round(experts.max_over_mean, 4)
+    row = {"tokens": curve[-1][0], "heldout_loss": round(curve[-1][1], 4), "max_over_mean_load": balance}
+    return {"model": options.name, "init": init, **row}, curve
+
+
+def draw(curves: dict[str, list], path: Path) -> None:
+    """Held-out loss against tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for init, curve in curves.items():
+        axes.plot([t / 1e6 for t, _ in curve], [loss for _, loss in curve], marker=".", label=f"{init}: {RUNS[init]}")
+    axes.set(xlabel="million tokens", ylabel="held-out loss, nats a token")
+    # The redrawn neurons begin far above the others.
+    axes.set_ylim(top=1.1 * max(curve[0][1] for init, curve in curves.items() if init != "drop" or len(curves) == 1))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def tiny(options: argparse.Namespace, folder: Path) -> tuple[Path, dict[str, Tokens]]:
+    """A random Llama and random ids, for a run of seconds."""
+    options.steps, options.batch, options.length, options.eval_steps, options.name = 4, 2, 16, 2, "tiny"
+    torch.manual_seed(options.seed)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "source")
+    ids = np.random.default_rng(options.seed).integers(1, 64, 400).astype(np.uint16)
+    return folder / "source", {"train": Tokens(ids[:320], 16), "heldout": Tokens(ids[320:384], 16)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="seconds on a CPU, with a random model")
+    add("--text", type=Path, default=Path(".data"), help="folder with train.npy.xz and heldout.npy.xz")
+    add("--source", type=Path, help="dense model; the packaged SmolLM2-135M-Instruct by default")
+    add("--name", default="SmolLM2-135M", help="what the table calls it")
+    add("--output", type=Path, default=Path("examples/continued"))
+    add("--models", type=Path, help="where the mixtures are kept between runs; a temporary folder by default")
+    add("--inits", nargs="+", default=list(RUNS), choices=list(RUNS))
+    add("--steps", type=int, default=612)
+    add("--batch", type=int, default=64)
+    add("--length", type=int, default=512)
+    add("--eval-steps", type=int, default=102)
+    add("--heldout", type=int, default=640, help="held-out sequences")
+    add("--learning-rate", type=float, default=6e-4)
+    add("--bias-rate", type=float, default=1e-3)
+    add("--seed", type=int, default=0)
+    add("--compile", action="store_true", help="compile the layers: for a GPU")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
+    curves: dict[str, list] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        if options.tiny:
+            source, text = tiny(options, Path(temporary))
+        else:
+            source = options.source or packaged_checkpoint()
+            text = {
+                name: Tokens(unpack(options.text / f"{name}.npy.xz"), options.length) for name in ("train", "heldout")
+            }
+            text["heldout"].rows = text["heldout"].rows[: options.heldout]
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        setup = {
+            "device": device, "torch": torch.__version__, "transformers": transformers.__version__,
+            **{k: getattr(options, k) for k in ("steps", "batch", "length", "learning_rate", "bias_rate", "seed")},
+            "heldout_tokens": text["heldout"].rows.numel(), "mixtures": MIXTURES,
+        }  # fmt: skip
+        for init in options.inits:
+            print(f"{init}: {RUNS[init]}", flush=True)
+            torch.manual_seed(options.seed)
+            start = time.monotonic()
+            row, curves[init] = train(load(source, init, options.models or Path(temporary)), init, text, options)
+            rows.append(row)
+            print(f"  {row}, {time.monotonic() - start:.0f} s in all", flush=True)
+            (options.output / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+            (options.output / "curves.json").write_text(json.dumps({"setup": setup, "curves": curves}, indent=1) + "\n")
+            torch.cuda.empty_cache()
+        draw(curves, options.output / "curves.png")
+
+
+if __name__ == "__main__":
+    main()
