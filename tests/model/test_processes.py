@@ -1,23 +1,14 @@
 """The router's losses under Trainer: one process with one batch, with micro-batches, and two gloo processes."""
 
-import os
-import socket
-import traceback
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import needs_gloo, run_on_ranks
 from tiny import random_ids, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from hf_moe import HfMoeForCausalLM
 
-# Ranks that Trainer started have been seen to hang at their exit, after the result is written.
-pytestmark = pytest.mark.skipif(
-    os.environ.get("HF_MOE_PROCESS_TESTS") != "1",
-    reason="gloo ranks under Trainer may hang at exit: run alone with HF_MOE_PROCESS_TESTS=1",
-)
+pytestmark = needs_gloo
 
 SAMPLES, LEARNING_RATE = 8, 0.5
 # Processes, sequences a micro-batch, micro-batches a step: all of them take the same eight sequences in each step.
@@ -37,14 +28,10 @@ def samples(uneven: bool) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
 
 
-def train(rank, way, folder, name, port, errors):
-    """One optimizer step; the weights and the reported loss go to a file."""
-    torch.set_num_threads(1)
-    world_size, batch, micro_batches = WAYS[way]
-    if world_size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="localhost")
-        os.environ["MASTER_PORT"] = str(port)
-    try:
+def train(rank, ways, folder, name):
+    """One optimizer step from the same weights in each way; weights and reported loss go to files."""
+    for way in ways:
+        world_size, batch, micro_batches = WAYS[way]
         arguments = TrainingArguments(
             output_dir=f"{folder}/out",
             per_device_train_batch_size=batch,
@@ -68,24 +55,12 @@ def train(rank, way, folder, name, port, errors):
         if rank == 0:
             weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
             torch.save((weights, trainer.state.log_history[0]["loss"]), f"{folder}/{name}_{way}.pt")
-        if world_size > 1:
-            dist.destroy_process_group()
-    except BaseException:
-        errors.put(traceback.format_exc())
-        raise
 
 
-def trained(way, folder, name):
-    """Weights and reported loss after a step."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    errors = mp.get_context("spawn").SimpleQueue()
-    try:
-        mp.spawn(train, (way, folder, name, port, errors), nprocs=WAYS[way][0])
-    except mp.ProcessRaisedException:
-        pytest.fail(errors.get())
-    return torch.load(f"{folder}/{name}_{way}.pt")
+def trained(ways, folder, name):
+    """Weights and reported loss after a step in each way; all ways have the same number of processes."""
+    run_on_ranks(train, WAYS[ways[0]][0], ways, folder, name)
+    return [torch.load(f"{folder}/{name}_{way}.pt") for way in ways]
 
 
 def assert_same_step(weights, expected, before):
@@ -96,23 +71,20 @@ def assert_same_step(weights, expected, before):
     assert all((expected[name] - before[name]).abs().max() > 1e-2 for name in routers)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_means_over_sequences_and_tokens_are_the_same_however_a_batch_is_split(tmp_path):
     model = tiny_model("gqa", **LOSSES["means"])
     model.save_pretrained(tmp_path / "means")
-    expected, loss = trained("whole", tmp_path, "means")
-    for way in ("micro_batches", "processes", "both"):
-        weights, reported = trained(way, tmp_path, "means")
+    (expected, loss), alone = trained(("whole", "micro_batches"), tmp_path, "means")
+    for weights, reported in (alone, *trained(("processes", "both"), tmp_path, "means")):
         assert_same_step(weights, expected, model.state_dict())
         assert reported == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_load_loss_of_two_processes_is_the_mean_weighted_by_their_targets(tmp_path):
     model = tiny_model("gqa", **LOSSES["load"]).train()
     model.save_pretrained(tmp_path / "load")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    weights, reported = trained("both", tmp_path, "load")
+    ((weights, reported),) = trained(("both",), tmp_path, "load")
 
     # Trainer's order of the sequences: its sampler's permutation, two in turn to each process.
     generator = torch.Generator().manual_seed(42)
