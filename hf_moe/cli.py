@@ -1,8 +1,10 @@
 """The command line: `hf-moe`. Each command is thin and imports inside of it what it needs.
 
-The package itself imports Transformers, to register its model: some seconds that every command waits for, help too.
+Nothing heavy stands at the top: `hf_moe_command` starts this module without the package's own import, which
+`one_sentence` makes up for where a command loads models.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -27,18 +29,53 @@ MIXTURE, NUMBERS, OUTPUT = "Mixture", "Numbers", "Output"
 
 
 @contextmanager
-def one_sentence(resumable: bool = False) -> Iterator[None]:
-    """End with one line on standard error and a status above 0 where the user can do something about it."""
+def one_sentence(resumable: bool = False, model: bool = True) -> Iterator[None]:
+    """End with one line on standard error and a status above 0 where the user can do something about it.
+
+    `model` says whether Transformers has to know ours.
+    """
     try:
+        if model:
+            _register()
         yield
     except KeyboardInterrupt:
         again = "; run the same command again to go on from there" if resumable else ""
         typer.echo(f"\nInterrupted{again}.", err=True)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (error.name or __package__).startswith(str(__package__)):
+            raise
+        typer.echo(f"Error: this command needs {error.name}, which is not installed", err=True)
+        sys.exit(1)
     except (ValueError, OSError) as error:
         message = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
         typer.echo(f"Error: {' '.join(str(message).split())}", err=True)
         sys.exit(1)
+
+
+def _register() -> None:
+    """Make the import of the package whole, where `hf_moe_command` entered it without."""
+    package = sys.modules[__package__]
+    if not hasattr(package, "HfMoeConfig"):
+        package.__spec__.loader.exec_module(package)  # type: ignore[union-attr]
+
+
+@contextmanager
+def _torch_hidden(*sources: str) -> Iterator[None]:
+    """Let Transformers import its configurations as it does without torch: they are all that a plan wants of it.
+
+    A GGUF file's configuration it reads with torch only.
+    """
+    hidden = "torch" not in sys.modules and not any(source.endswith(".gguf") for source in sources)
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        # Or it would say that models cannot be built.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]
 
 
 def _indices(value: str) -> tuple[int, ...]:
@@ -151,7 +188,7 @@ def plan(
 ) -> None:
     """Say what a conversion would give and take, from the headers of the weights alone. Writes nothing."""
     choices = dict(locals())
-    with one_sentence():
+    with one_sentence(model=False), _torch_hidden(source, *(branch or [])):
         from .upcycling.layout import make_plan
         from .upcycling.sources import open_source
         from .upcycling.summary import summarise
@@ -316,12 +353,3 @@ def demo(
         from .demo import run_demo
 
         run_demo(output, model)
-
-
-def main() -> None:
-    """Entry point of the `hf-moe` command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

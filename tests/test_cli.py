@@ -40,6 +40,67 @@ def test_help_names_every_command():
         assert call(command, "--help")[0] == 0
 
 
+def command(*words, **options):
+    """The installed `hf-moe` in a process of its own; from a checkout that is not installed, what it would call."""
+    installed = Path(sys.executable).with_name("hf-moe")
+    start = [str(installed)] if installed.is_file() else [sys.executable, "-m", "hf_moe_command"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | options.pop("environment", {})
+    return subprocess.Popen([*start, *map(str, words)], text=True, env=environment, stdout=-1, stderr=-1, **options)
+
+
+def run_command(*words, **options):
+    """Standard output and the modules that were imported."""
+    options["environment"] = {"PYTHONPROFILEIMPORTTIME": "1"} | options.get("environment", {})
+    process = command(*words, **options)
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    return output, {line.rpartition("|")[2].strip() for line in error.splitlines() if line.startswith("import time:")}
+
+
+def test_help_and_plan_wait_for_nothing_they_do_not_need(source):
+    output, modules = run_command("--help")
+    assert "upcycle" in output
+    assert modules.isdisjoint({"torch", "transformers", "numpy"})
+    output, modules = run_command("plan", source, "--experts", 4, "--json")
+    assert modules.isdisjoint({"torch", "triton"})
+    assert json.loads(output) == json.loads(call("plan", source, "--experts", 4, "--json")[1])
+
+
+def test_plan_where_torch_is_not_installed(source, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class NoTorch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError('No module named torch', name=name)\n"
+        "sys.meta_path.insert(0, NoTorch())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    assert "holds at most" in run_command("plan", source, environment={"PYTHONPATH": path})[0]
+    process = command("upcycle", source, tmp_path / "moe", environment={"PYTHONPATH": path})
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert error == "Error: this command needs torch, which is not installed\n"
+
+
+def test_commands_that_load_a_model_register_it(source, tmp_path):
+    call("upcycle", source, tmp_path / "moe", "--experts", 2, "-q")
+    assert "is ready" in run_command("export", tmp_path / "moe", tmp_path / "out", "--to", "mixtral", "-q")[0]
+
+
+@pytest.mark.parametrize("module", ["typer", "numpy"])
+def test_interrupt_before_the_command_has_begun(module):
+    """Ctrl-C while the command line, or torch for a command, is being imported."""
+    process = command("verify", "a", "b", environment={"PYTHONPROFILEIMPORTTIME": "1"})
+    while not process.stderr.readline().rstrip().endswith(f" {module}"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130
+    said = [line for line in error.splitlines() if line and not line.startswith("import time:")]
+    assert said == ["Interrupted."]
+
+
 def test_upcycle_then_verify(source, tmp_path):
     out = tmp_path / "moe"
     status, output, _ = call("upcycle", source, out, "--experts", 4, "--top-k", 2, "--dense-layers", "0", "-q")
@@ -183,7 +244,7 @@ def slow(*arguments):
         time.sleep(0.05)
         yield produced
 stream.produce = slow
-from hf_moe.cli import main
+from hf_moe_command import main
 sys.argv = ["hf-moe", "upcycle", {str(source)!r}, {str(tmp_path / "moe")!r}, "-q"]
 main()
 """
