@@ -328,6 +328,47 @@ def import_(
 
 
 @app.command()
+def tune(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Folder or Hub id of a mixture to tune for; may be repeated.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Hidden size, expert width, experts, experts a token: 2048,768,128,8; may be repeated."),
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens a step; 1024 and 8192 by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Table to write; by default the one that the kernels read.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Find the fastest tiles of the expert kernels on this machine's GPU, and save them for later processes.
+
+    About three minutes for each shape and number of tokens.
+    """
+    with one_sentence():
+        from .kernels.tuning import shape_of
+        from .kernels.tuning import tune as run
+        from .upcycling.sources import model_config
+
+        shapes = [_sizes(each) for each in shape or []] + [shape_of(model_config(each)) for each in model or []]
+        if not shapes:
+            raise ValueError("nothing to tune for: name a --model or a --shape")
+        path = run(shapes, tokens or (1024, 8192), path=out, report=typer.echo)
+        typer.echo(f"{path} is written; processes that start now use it.")
+
+
+def _sizes(shape: str) -> tuple[int, int, int, int]:
+    """A layer as "2048,768,128,8"."""
+    words = shape.split(",")
+    if len(words) != 4 or not all(word.strip().isdecimal() and int(word) for word in words):
+        raise ValueError(f"--shape={shape!r} is not four whole numbers such as 2048,768,128,8")
+    hidden, width, experts, top_k = map(int, words)
+    if top_k > experts:
+        raise ValueError(f"--shape={shape!r} has {top_k} experts a token of {experts}")
+    return hidden, width, experts, top_k
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder with a whole model: config.json and safetensors.")],
     repo_id: Annotated[str, typer.Argument(help="Repository of the Hub, owner/name; made if it does not exist.")],

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import HfApi
+from tiny import tiny_model
 from typer.testing import CliRunner
 
 from hf_moe.cli import app
@@ -35,7 +37,7 @@ def source(tmp_path):
 def test_help_names_every_command():
     status, output, _ = call("--help")
     assert status == 0
-    for command in ("plan", "export", "import", "upcycle", "verify", "push", "demo"):
+    for command in ("plan", "export", "import", "upcycle", "verify", "tune", "push", "demo"):
         assert command in output
         assert call(command, "--help")[0] == 0
 
@@ -212,6 +214,12 @@ def test_export_and_import(source, tmp_path):
         (["verify", "SOURCE", "SOURCE"], "holds no provenance.json"),
         (["verify", "SOURCE", "EMPTY", "--text", "nothing.txt"], "nothing.txt"),
         (["push", "EMPTY", "me/moe"], "holds no config.json"),
+        (["tune"], "nothing to tune for: name a --model or a --shape"),
+        (["tune", "--shape", "64,64,4"], "--shape='64,64,4' is not four whole numbers"),
+        (["tune", "--shape", "64,64,4,8"], "--shape='64,64,4,8' has 8 experts a token of 4"),
+        (["tune", "--shape", "64,64,8,2"], "tuning needs a GPU"),
+        (["tune", "--model", "SOURCE"], "a 'llama' model has no n_routed_experts, so no expert layer to tune"),
+        (["tune", "--model", "EMPTY"], "holds no config.json"),
     ],
 )
 def test_bad_input_is_one_line(source, tmp_path, words, message):
@@ -223,6 +231,33 @@ def test_bad_input_is_one_line(source, tmp_path, words, message):
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "empty"]
+
+
+def test_tune_for_a_model_and_a_shape(tmp_path, monkeypatch):
+    """A GPU that answers by arithmetic: the narrowest tile is the fastest."""
+    from hf_moe.kernels import tuning
+
+    tiny_model("gqa").save_pretrained(tmp_path / "moe")
+    table = tmp_path / "cache" / "tiles.json"
+    monkeypatch.setenv("HF_MOE_CACHE", str(table.parent))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    asked = []
+    monkeypatch.setattr(tuning, "_step", lambda *args: asked.append(args[:5]))
+    monkeypatch.setattr(tuning, "_time", lambda step, tables, op, rows, tile: tile.n + tile.stages + 10 * tile.per_sm)
+    words = ["tune", "--model", tmp_path / "moe", "--shape", "2048,768,128,8", "--tokens", 128, "--tokens", 4096]
+    status, output, _ = call(*words)
+    assert status == 0
+    assert f"{table} is written" in output
+    config = tiny_model("gqa").config
+    sizes = (config.hidden_size, config.moe_intermediate_size, config.n_routed_experts, config.num_experts_per_tok)
+    layers = ((2048, 768, 128, 8), sizes)
+    assert asked == [(tokens, *layer) for layer in layers for tokens in (128, 4096)]
+    saved = json.loads(table.read_text())["A GPU"]
+    assert set(saved) == set(tuning.HOPPER)
+    assert set(saved["down"]) == {str(tokens * layer[3] // layer[2]) for layer in layers for tokens in (128, 4096)}
 
 
 @pytest.mark.parametrize("words", [["--tokens", "1"], ["--new-tokens", "0"], ["--tolerance", "-1"]])

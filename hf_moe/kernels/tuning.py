@@ -6,9 +6,9 @@ Nothing is timed at the first call. `tune` times candidates on this machine and 
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -176,6 +176,27 @@ def tune(
     _machine_tables.cache_clear()
     _use(None)
     return path
+
+
+def shape_of(config: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """(hidden, expert width, experts, experts a token) of a mixture's configuration, ours or Transformers'.
+
+    Raises:
+        ValueError: it has no experts.
+    """
+    wanted = {
+        "hidden_size": ("hidden_size",),
+        "moe_intermediate_size": ("moe_intermediate_size", "intermediate_size"),
+        "n_routed_experts": ("n_routed_experts", "num_experts", "num_local_experts"),
+        "num_experts_per_tok": ("num_experts_per_tok", "moe_topk", "top_k_experts"),
+    }
+    sizes = []
+    for what, names in wanted.items():
+        found = [config[name] for name in names if isinstance(config.get(name), int)]
+        if not found:
+            raise ValueError(f"a {config.get('model_type')!r} model has no {what}, so no expert layer to tune")
+        sizes.append(found[0])
+    return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
 def _step(T: int, D: int, F: int, E: int, K: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:

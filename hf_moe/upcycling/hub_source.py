@@ -18,18 +18,18 @@ class RemoteSource(Source):
     """A repository of the Hub of which only the configuration and the headers are fetched."""
 
     def __init__(self, location: str):
-        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub import HfApi
         from huggingface_hub.errors import NotASafetensorsRepoError
 
         repository, _, revision = location.partition("@")
+        path = fetch_config(location)
         with hub_errors(location, _NOWHERE.format(location)):
-            path = Path(hf_hub_download(repository, "config.json", revision=revision or None))
             try:
                 metadata = HfApi().get_safetensors_metadata(repository, revision=revision or None)
             except NotASafetensorsRepoError as error:
                 raise ValueError(f"{location} holds no weights: no safetensors files") from error
-        super().__init__(location, path.parent, revision or path.parent.name)
-        self.config = complete(read_config(path.parent))
+        super().__init__(location, path, revision or path.name)
+        self.config = complete(read_config(path))
         self.headers = {
             name: TensorHeader(tensor.dtype, tuple(tensor.shape), Path(file), *tensor.data_offsets)
             for file, content in metadata.files_metadata.items()
@@ -47,6 +47,15 @@ class RemoteSource(Source):
     def license(self) -> str | None:
         """Not fetched."""
         return None
+
+
+def fetch_config(location: str) -> Path:
+    """The folder of the Hub's cache that holds the repository's config.json."""
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = location.partition("@")
+    with hub_errors(location, _NOWHERE.format(location)):
+        return Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
 
 
 def download(source: str) -> Source:

@@ -212,6 +212,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
+def model_config(model: str) -> dict[str, Any]:
+    """The configuration of any model that Transformers knows, from a folder or a Hub id, every default filled in.
+
+    Raises:
+        ValueError: no config.json, or one that is not valid. ConnectionError: the Hub is out of reach.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if not _HUB_ID.fullmatch(model):
+            raise ValueError(f"{model} does not exist, and is not a Hub id of the form owner/name")
+        from .hub_source import fetch_config
+
+        folder = fetch_config(model)
+    return filled_in(read_config(folder))
+
+
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
     """A dense configuration as its class fills it in, old spellings of rope included."""
     from .families import family_of
