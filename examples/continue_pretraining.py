@@ -4,8 +4,8 @@
     python examples/continued/prepare_text.py .data                    # once: real text, from Debian's manuals
     python examples/continue_pretraining.py --text .data --compile     # SmolLM2-135M, 20 M tokens, one GPU
 
-Writes results.json, curves.json and two pictures into --output, a row at a time. Training is bfloat16 autocast over
-float32 weights; experts are balanced by the selection bias alone.
+Writes results.json, curves.json and curves.png into --output, a row at a time; rows of an earlier run with the same
+setup stay. Training is bfloat16 autocast over float32 weights; experts are balanced by the selection bias alone.
 """
 
 import argparse
@@ -76,7 +76,11 @@ def unpack(path: Path) -> np.ndarray:
 def load(source: Path, init: str, folder: Path) -> Any:
     """The dense model, or a mixture upcycled from it; float32, on the GPU where there is one."""
     if init == "dense":
-        model = AutoModelForCausalLM.from_pretrained(**open_source(source).load_arguments(), dtype=torch.float32)
+        packed = AutoModelForCausalLM.from_pretrained(**open_source(source).load_arguments(), dtype=torch.float32)
+        # Trainer takes a model read from a GGUF file for a quantised one.
+        packed.config.__dict__.pop("quantization_config", None)
+        model = AutoModelForCausalLM.from_config(packed.config, dtype=torch.float32)
+        model.load_state_dict(packed.state_dict())
     else:
         if not (folder / init).exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -151,18 +155,60 @@ def train(model: Any, init: str, text: dict[str, Tokens], options: argparse.Name
     return {"model": options.name, "init": init, **row}, curve
 
 
+class Report:
+    """The table, the curves and their picture in a folder, written anew with every run."""
+
+    def __init__(self, options: argparse.Namespace, heldout_tokens: int):
+        self.folder = options.output
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.setup = {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            **{
+                name: getattr(options, name)
+                for name in ("steps", "batch", "length", "learning_rate", "bias_rate", "seed")
+            },
+            "heldout_tokens": heldout_tokens,
+            "mixtures": MIXTURES,
+        }
+        self.rows: dict[str, dict] = {}
+        self.curves: dict[str, list] = {}
+        if (self.folder / "curves.json").exists():
+            earlier = json.loads((self.folder / "curves.json").read_text())
+            if earlier["setup"] == self.setup:
+                self.curves = earlier["curves"]
+                self.rows = {row["init"]: row for row in json.loads((self.folder / "results.json").read_text())}
+
+    def add(self, row: dict, curve: list) -> None:
+        self.rows[row["init"]], self.curves[row["init"]] = row, curve
+        (self.folder / "results.json").write_text(json.dumps(list(self.rows.values()), indent=1) + "\n")
+        (self.folder / "curves.json").write_text(
+            json.dumps({"setup": self.setup, "curves": self.curves}, indent=1) + "\n"
+        )
+        draw(self.curves, self.folder / "curves.png")
+
+
 def draw(curves: dict[str, list], path: Path) -> None:
-    """Held-out loss against tokens."""
+    """Held-out loss against tokens; every mixture's distance from the dense model beside it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    dense = curves.get("dense")
     for init, curve in curves.items():
-        axes.plot([t / 1e6 for t, _ in curve], [loss for _, loss in curve], marker=".", label=f"{init}: {RUNS[init]}")
-    axes.set(xlabel="million tokens", ylabel="held-out loss, nats a token")
-    # The redrawn neurons begin far above the others.
-    axes.set_ylim(top=1.1 * max(curve[0][1] for init, curve in curves.items() if init != "drop" or len(curves) == 1))
-    axes.legend()
+        millions, losses = [tokens / 1e6 for tokens, _ in curve], [loss for _, loss in curve]
+        (line,) = left.plot(millions, losses, marker=".", label=f"{init}: {RUNS[init]}")
+        if dense and init != "dense":
+            right.plot(millions, [a - b for a, (_, b) in zip(losses, dense, strict=True)], ".-", color=line.get_color())
+    left.set(xlabel="million tokens", ylabel="held-out loss, nats a token")
+    right.set(xlabel="million tokens", ylabel="mixture minus dense")
+    if dense:
+        # The redrawn neurons begin far above the others.
+        left.set_ylim(top=dense[0][1] * 1.1)
+        right.set_ylim(-0.1, 0.1)
+        right.axhline(0.0, color="grey", linewidth=0.8)
+    left.legend()
     figure.savefig(path, dpi=120)
 
 
@@ -186,7 +232,7 @@ def main() -> None:
     add("--text", type=Path, default=Path(".data"), help="folder with train.npy.xz and heldout.npy.xz")
     add("--source", type=Path, help="dense model; the packaged SmolLM2-135M-Instruct by default")
     add("--name", default="SmolLM2-135M", help="what the table calls it")
-    add("--output", type=Path, default=Path("examples/continued"))
+    add("--output", type=Path, help="examples/continued by default; with --tiny a temporary folder")
     add("--models", type=Path, help="where the mixtures are kept between runs; a temporary folder by default")
     add("--inits", nargs="+", default=list(RUNS), choices=list(RUNS))
     add("--steps", type=int, default=612)
@@ -199,35 +245,27 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--compile", action="store_true", help="compile the layers: for a GPU")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
-    curves: dict[str, list] = {}
     with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if options.tiny:
-            source, text = tiny(options, Path(temporary))
+            options.output = options.output or folder / "output"
+            source, text = tiny(options, folder)
         else:
+            options.output = options.output or Path(__file__).with_name("continued")
             source = options.source or packaged_checkpoint()
             text = {
                 name: Tokens(unpack(options.text / f"{name}.npy.xz"), options.length) for name in ("train", "heldout")
             }
             text["heldout"].rows = text["heldout"].rows[: options.heldout]
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        setup = {
-            "device": device, "torch": torch.__version__, "transformers": transformers.__version__,
-            **{k: getattr(options, k) for k in ("steps", "batch", "length", "learning_rate", "bias_rate", "seed")},
-            "heldout_tokens": text["heldout"].rows.numel(), "mixtures": MIXTURES,
-        }  # fmt: skip
+        report = Report(options, text["heldout"].rows.numel())
         for init in options.inits:
             print(f"{init}: {RUNS[init]}", flush=True)
             torch.manual_seed(options.seed)
             start = time.monotonic()
-            row, curves[init] = train(load(source, init, options.models or Path(temporary)), init, text, options)
-            rows.append(row)
+            row, curve = train(load(source, init, options.models or folder), init, text, options)
             print(f"  {row}, {time.monotonic() - start:.0f} s in all", flush=True)
-            (options.output / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-            (options.output / "curves.json").write_text(json.dumps({"setup": setup, "curves": curves}, indent=1) + "\n")
+            report.add(row, curve)
             torch.cuda.empty_cache()
-        draw(curves, options.output / "curves.png")
 
 
 if __name__ == "__main__":

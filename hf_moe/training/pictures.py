@@ -6,14 +6,18 @@ from typing import Any
 import torch
 
 
-def _heat_map(values: torch.Tensor, x: str, y: str, title: str, path: Path, most: float, extent: Any = None) -> None:
+def _heat_map(
+    values: torch.Tensor, x: str, y: str, title: str, path: Path, span: tuple[float, float], extent: Any = None
+) -> None:
     # A figure of its own and not pyplot's, which would ask for a display.
     from matplotlib.figure import Figure
 
     height, width = values.shape
     figure = Figure(figsize=(min(16, max(5, 2 + width / 4)), min(12, max(3, 1.5 + height / 5))), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(values.numpy(), aspect="auto", vmin=0, vmax=most, interpolation="nearest", extent=extent)
+    image = axes.imshow(
+        values.numpy(), aspect="auto", vmin=span[0], vmax=span[1], interpolation="nearest", extent=extent
+    )
     axes.set(xlabel=x, ylabel=y, title=title)
     figure.colorbar(image, ax=axes)
     figure.savefig(path, dpi=120)
@@ -22,7 +26,9 @@ def _heat_map(values: torch.Tensor, x: str, y: str, title: str, path: Path, most
 def draw_load(share: torch.Tensor, path: Path) -> None:
     """Layers by experts: each expert's load over the mean of its layer, (L, E) shares in."""
     load = share * share.shape[1]
-    _heat_map(load, "expert", "sparse layer", "load over the mean, all of training", path, max(2.0, float(load.max())))
+    _heat_map(
+        load, "expert", "sparse layer", "load over the mean, all of training", path, (0.0, max(2.0, float(load.max())))
+    )
 
 
 def draw_balance(log_history: list[dict[str, Any]], path: Path) -> None:
