@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -75,6 +76,7 @@ class HfMoeExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.register_load_state_dict_pre_hook(_fuse_saved_experts)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -89,6 +91,25 @@ class HfMoeExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+
+
+def _fuse_saved_experts(module: Any, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Let `load_state_dict` take a saved file's separate experts, all or those of one shard.
+
+    Trainer resumes so: it does not convert names, and goes on with a warning and the weights that it began with.
+    """
+    if isinstance(module.down_proj, DTensor):
+        return
+    width, fused = module.intermediate_dim, {}
+    for expert in range(module.num_experts):
+        for name, rows in (("gate_proj", slice(width)), ("up_proj", slice(width, None)), ("down_proj", slice(None))):
+            weight = state_dict.pop(f"{prefix}{expert}.{name}.weight", None)
+            if weight is not None:
+                whole = "down_proj" if name == "down_proj" else "gate_up_proj"
+                if whole not in fused:
+                    fused[whole] = getattr(module, whole).detach().clone()
+                fused[whole][expert, rows].copy_(weight)
+    state_dict.update({prefix + name: weight for name, weight in fused.items()})
 
 
 class HfMoeSparseMoeBlock(nn.Module):

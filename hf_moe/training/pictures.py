@@ -41,5 +41,11 @@ def draw_balance(log_history: list[dict[str, Any]], path: Path) -> None:
     values = torch.tensor([[entry[name.format(layer)] for entry in entries] for layer in range(layers)])
     extent = (entries[0]["step"], max(entries[-1]["step"], entries[0]["step"] + 1), layers - 0.5, -0.5)
     _heat_map(
-        values, "step", "sparse layer", "busiest expert over the mean", path, max(2.0, float(values.max())), extent
+        values,
+        "step",
+        "sparse layer",
+        "busiest expert over the mean",
+        path,
+        (1.0, max(2.0, float(values.max()))),
+        extent,
     )
