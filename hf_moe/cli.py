@@ -369,6 +369,30 @@ def _sizes(shape: str) -> tuple[int, int, int, int]:
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture, ours or Transformers'.")],
+    text: Annotated[Path, typer.Option(help="Text file to route.", exists=True, dir_okay=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder for experts.html and load.png.", file_okay=False)] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of the text to read.")] = 1024,
+) -> None:
+    """Show which experts serve which tokens of a text."""
+    with one_sentence():
+        from rich.console import Console
+
+        from .training.inspection import inspect as run
+        from .training.inspection import show, write_page
+        from .training.pictures import draw_load
+
+        choices = run(model, text.read_text(encoding="utf-8"), tokens)
+        show(choices, Console())
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_page(choices, out / "experts.html")
+            draw_load(choices.load.share, out / "load.png", title="load over the mean")
+            typer.echo(f"{out / 'experts.html'} shows the text, {out / 'load.png'} the load.")
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder with a whole model: config.json and safetensors.")],
     repo_id: Annotated[str, typer.Argument(help="Repository of the Hub, owner/name; made if it does not exist.")],

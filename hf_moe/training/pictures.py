@@ -23,12 +23,10 @@ def _heat_map(
     figure.savefig(path, dpi=120)
 
 
-def draw_load(share: torch.Tensor, path: Path) -> None:
+def draw_load(share: torch.Tensor, path: Path, title: str = "load over the mean, all of training") -> None:
     """Layers by experts: each expert's load over the mean of its layer, (L, E) shares in."""
     load = share * share.shape[1]
-    _heat_map(
-        load, "expert", "sparse layer", "load over the mean, all of training", path, (0.0, max(2.0, float(load.max())))
-    )
+    _heat_map(load, "expert", "sparse layer", title, path, (0.0, max(2.0, float(load.max()))))
 
 
 def draw_balance(log_history: list[dict[str, Any]], path: Path) -> None:
