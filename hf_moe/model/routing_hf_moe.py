@@ -24,10 +24,15 @@ class HfMoeTopkRouter(nn.Module):
 
     Weights are fp32, or fp64 where experts compute in fp32 on a CPU.
 
+    `batch_share`, where training sets it, is the experts' share (E,) of a whole batch's choices: the load-balancing
+    loss then takes it for f, and not that of the micro-batch.
+
     Gradients: through `weights` to x and W; the choice itself has none.
     Cost: 2·T·D·E FLOPs.
     Source: arXiv:2405.04434 section 2.1.2; arXiv:2412.19437 section 2.1.2; arXiv:2408.15664 (the bias).
     """
+
+    batch_share: torch.Tensor | None = None
 
     def __init__(self, config: HfMoeConfig):
         super().__init__()
@@ -90,7 +95,12 @@ class HfMoeTopkRouter(nn.Module):
         return f"num_experts={self.num_experts}, top_k={self.top_k}, {self.scoring_func}, {self.topk_method}"
 
 
-def load_balancing_loss(scores_TE: torch.Tensor, index_TK: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+def load_balancing_loss(
+    scores_TE: torch.Tensor,
+    index_TK: torch.Tensor,
+    mask_T: torch.Tensor | None,
+    share_E: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Penalty for experts that are both often chosen and highly scored.
 
         loss = E · Σ_e f_e · p_e      f_e = share of the choices that fell on e,  p_e = mean normalised score of e
@@ -101,10 +111,12 @@ def load_balancing_loss(scores_TE: torch.Tensor, index_TK: torch.Tensor, mask_T:
         scores_TE: router scores, fp32; sigmoid scores are divided by their sum over the experts here.
         index_TK: chosen experts.
         mask_T: 1 for tokens that count, 0 for padding; None for all.
+        share_E: f of a larger batch, in the place of this one's. The loss is then a mean over tokens.
     Returns:
         Scalar, fp32. 0 when no token counts.
     Gradients: to the scores through p; f has none.
-    Source: arXiv:2101.03961 equations 4-6; normalised scores as in arXiv:2412.19437 equation 18.
+    Source: arXiv:2101.03961 equations 4-6; normalised scores as in arXiv:2412.19437 equation 18; f of a larger batch,
+        arXiv:2501.11873.
     """
     p_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
     chosen_TE = torch.zeros_like(p_TE).scatter_(1, index_TK, 1.0 / index_TK.shape[1])
@@ -112,6 +124,8 @@ def load_balancing_loss(scores_TE: torch.Tensor, index_TK: torch.Tensor, mask_T:
         mask_T1 = mask_T.to(p_TE.dtype).unsqueeze(-1)
         p_TE, chosen_TE = p_TE * mask_T1, chosen_TE * mask_T1
     count = p_TE.new_tensor(p_TE.shape[0]) if mask_T is None else mask_T1.sum()
+    if share_E is not None:
+        return p_TE.shape[1] * (share_E.to(p_TE) * p_TE.sum(0)).sum() / count.clamp(min=1)
     return p_TE.shape[1] * (chosen_TE.sum(0) * p_TE.sum(0)).sum() / count.clamp(min=1) ** 2
 
 
@@ -168,7 +182,7 @@ def auxiliary_loss(
         scores = router.scores(logits)
         index = router.select(scores.detach())[1]
         if config.router_aux_loss_coef:
-            total = total + config.router_aux_loss_coef * load_balancing_loss(scores, index, mask)
+            total = total + config.router_aux_loss_coef * load_balancing_loss(scores, index, mask, router.batch_share)
         if config.router_seq_aux_loss_coef:
             loss = sequence_balancing_loss(scores, index, batch_size, mask)
             total = total + config.router_seq_aux_loss_coef * loss

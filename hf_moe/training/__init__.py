@@ -1,6 +1,6 @@
 """Training: the balance of experts, measured, logged and kept; optimizers."""
 
-from .balance import SelectionBiasCallback, move_selection_bias, use_selection_bias
+from .balance import GlobalLoadCallback, SelectionBiasCallback, move_selection_bias, use_selection_bias
 from .load import ExpertLoad, RoutingCounter, measure_expert_load
 from .metrics import ExpertLoadCallback, load_metrics
 from .optimizers import MuonAdamW, orthogonalize, parameter_groups
@@ -8,6 +8,7 @@ from .optimizers import MuonAdamW, orthogonalize, parameter_groups
 __all__ = [
     "ExpertLoad",
     "ExpertLoadCallback",
+    "GlobalLoadCallback",
     "MuonAdamW",
     "RoutingCounter",
     "SelectionBiasCallback",

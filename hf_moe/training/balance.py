@@ -1,4 +1,4 @@
-"""Balance without an auxiliary loss: the selection bias of each router, moved against the load after every step.
+"""Balance over whole batches: the selection bias, moved against the load after every step, and the loss of that load.
 
 Letters: E experts.
 """
@@ -115,4 +115,58 @@ class SelectionBiasCallback(ExpertLoadCallback):
         """Arguments and counts, for the checkpoint."""
         state = super().state()
         state["args"]["rate"] = self.rate
+        return state
+
+
+class GlobalLoadCallback(ExpertLoadCallback):
+    """Let the load-balancing loss judge the load of the last whole batch, all micro-batches and ranks together.
+
+        loss = E · Σ_e f_e · p_e      f of the step before, p of this micro-batch
+
+    f is the same for every part of a batch, so the loss is a mean over tokens: a step is then the same however its
+    batch is split, and experts may specialise inside a micro-batch as long as the batch is even. The first step takes
+    the even load, at which the loss has no gradient. For this package's model; the coefficient is its
+    `router_aux_loss_coef`.
+
+    Raises:
+        ValueError, when training begins: no router of this package.
+    Source: arXiv:2501.11873, with f one step late instead of an exchange inside of every layer.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.share: list[list[float]] | None = None
+        self.routers: list[HfMoeTopkRouter] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.routers = [module for module in kwargs["model"].modules() if isinstance(module, HfMoeTopkRouter)]
+        if not self.routers:
+            raise ValueError(f"{type(kwargs['model']).__name__} has no HfMoeTopkRouter")
+        for layer, router in enumerate(self.routers):
+            even = [1.0 / router.num_experts] * router.num_experts
+            share = even if self.share is None else self.share[layer]
+            router.batch_share = torch.tensor(share, device=router.weight.device)
+
+    def on_step_counts(self, counts: torch.Tensor) -> None:
+        """Keep the shares (layers, E) of this step for the next one."""
+        for router, counts_E in zip(self.routers, counts, strict=True):
+            assert router.batch_share is not None
+            router.batch_share.copy_(counts_E / counts_E.sum().clamp(min=1))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        self.share = self._shares()
+        for router in self.routers:
+            router.batch_share = None
+        self.routers = []
+
+    def _shares(self) -> list[list[float]] | None:
+        shares = [router.batch_share.tolist() for router in self.routers if router.batch_share is not None]
+        return shares or self.share
+
+    def state(self) -> dict[str, Any]:
+        """Arguments, counts and shares, for the checkpoint."""
+        state = super().state()
+        state["attributes"]["share"] = self._shares()
         return state

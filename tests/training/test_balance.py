@@ -10,8 +10,10 @@ from tiny import random_ids, tiny_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Trainer, TrainingArguments
 
 from hf_moe import HfMoeForCausalLM
+from hf_moe.model.routing_hf_moe import load_balancing_loss
 from hf_moe.training import (
     ExpertLoadCallback,
+    GlobalLoadCallback,
     SelectionBiasCallback,
     measure_expert_load,
     move_selection_bias,
@@ -99,6 +101,55 @@ def test_the_bias_sees_the_whole_batch_however_it_is_split(tmp_path):
         found, total = torch.load(tmp_path / f"{way}.pt")
         torch.testing.assert_close(found, biases(model))
         assert total == counts.tolist(), way
+
+
+def three_steps(rank, ways, folder):
+    """Three steps with the loss of the whole batch's load; weights and losses go to a file."""
+    for way in ways:
+        _, batch, micro_batches = WAYS[way]
+        model = HfMoeForCausalLM.from_pretrained(f"{folder}/model")
+        options = arguments(
+            f"{folder}/{way}", batch, micro_batches, steps=3, learning_rate=0.5, optim="sgd", max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = Trainer(model, options, train_dataset=samples(24), callbacks=[GlobalLoadCallback(pictures=False)])
+        trainer.train()
+        if rank == 0:
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            torch.save((model.state_dict(), losses), f"{folder}/{way}.pt")
+
+
+@needs_gloo
+def test_the_loss_of_the_whole_batchs_load_is_the_same_however_it_is_split(tmp_path):
+    model = tiny_model("gqa", router_aux_loss_coef=2.0)
+    model.save_pretrained(tmp_path / "model")
+    three_steps(0, ["whole", "micro_batches"], tmp_path)
+    run_on_ranks(three_steps, 2, ["processes"], tmp_path)
+    expected, losses = torch.load(tmp_path / "whole.pt")
+    for way in ("micro_batches", "processes"):
+        weights, found = torch.load(tmp_path / f"{way}.pt")
+        assert found == pytest.approx(losses, rel=1e-4)
+        for name, weight in expected.items():
+            difference = (weights[name] - weight).abs().max().item()
+            assert difference <= 1e-6 + 2e-5 * weight.abs().max().item(), name
+    # It reaches the routers: without the loss they move otherwise.
+    model.config.router_aux_loss_coef = 0.0
+    model.save_pretrained(tmp_path / "model")
+    three_steps(0, ["whole"], tmp_path)
+    without, _ = torch.load(tmp_path / "whole.pt")
+    assert all((without[name] - expected[name]).abs().max() > 1e-3 for name in expected if name.endswith("gate.weight"))
+
+
+def test_the_loss_of_a_batchs_load_is_that_of_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(6, 4, generator=generator).requires_grad_()
+    share, mask = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    loss = load_balancing_loss(scores, scores.detach().topk(2).indices, mask, share)
+    p = scores.double() / scores.double().sum(-1, keepdim=True)
+    expected = 4 * (share.double() * p[mask.bool()].mean(0)).sum()
+    torch.testing.assert_close(loss.double(), expected)
+    for ours, theirs in zip(torch.autograd.grad(loss, scores), torch.autograd.grad(expected, scores), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_load_becomes_even_and_is_logged_and_drawn(tmp_path):
