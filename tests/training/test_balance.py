@@ -8,12 +8,14 @@ import torch
 from processes import needs_gloo, run_on_ranks
 from tiny import random_ids, tiny_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from hf_moe import HfMoeForCausalLM
 from hf_moe.model.routing_hf_moe import load_balancing_loss
 from hf_moe.training import (
     ExpertLoadCallback,
     GlobalLoadCallback,
+    MuonAdamW,
     SelectionBiasCallback,
     measure_expert_load,
     move_selection_bias,
@@ -101,6 +103,38 @@ def test_the_bias_sees_the_whole_batch_however_it_is_split(tmp_path):
         found, total = torch.load(tmp_path / f"{way}.pt")
         torch.testing.assert_close(found, biases(model))
         assert total == counts.tolist(), way
+
+
+def two_steps_of_muon(rank, folder, changes):
+    """Two steps of `MuonAdamW`, on ranks that hold half of the experts each where `changes` says so."""
+    model = HfMoeForCausalLM.from_pretrained(f"{folder}/model", **changes)
+    callback = SelectionBiasCallback(rate=0.25, pictures=False)
+    batch = 2 if changes else 8
+    Trainer(
+        model,
+        arguments(f"{folder}/out", batch, 2 if changes else 1, learning_rate=0.01),
+        train_dataset=samples(),
+        callbacks=[callback],
+        optimizer_cls_and_kwargs=(MuonAdamW.for_trainer, {"lr": 0.01}),
+    ).train()
+    whole = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in model.state_dict().items()}
+    if rank == 0:
+        torch.save((whole, callback.total), f"{folder}/{len(changes)}.pt")
+
+
+@needs_gloo
+def test_expert_parallel_ranks_take_the_same_step(tmp_path):
+    model = tiny_model("deepseek_v3", router_aux_loss_coef=0.0)
+    model.save_pretrained(tmp_path / "model")
+    two_steps_of_muon(0, tmp_path, {})
+    run_on_ranks(two_steps_of_muon, 2, tmp_path, {"distributed_config": DistributedConfig(fsdp_size=2, ep_size=2)})
+    (expected, total), (found, same) = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
+    assert same == total
+    for name, before in model.state_dict().items():
+        if ".mlp." in name:
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-3, msg=name)
+            # A bias may have moved there and back.
+            assert name.endswith("bias") or (expected[name] - before).abs().max() > 5e-3, name
 
 
 def three_steps(rank, ways, folder):
