@@ -122,3 +122,24 @@ def experts(
             y = y + down_bias_ED[e]
         out_TD = out_TD.index_add(0, token, (y * weight_TK[token, choice, None]).to(x_TD.dtype))
     return out_TD
+
+
+def latent_decode(q_latent, q_rot, latent, k_rot, *, scaling, attention_mask=None, softcap=None, sinks_H=None):
+    """Keys and values are the cache itself; each group of heads has its own rotary key."""
+    (_, H, S, P), L = q_rot.shape, latent.shape[2]
+    groups = k_rot.squeeze(1).unflatten(-1, (-1, P)).transpose(1, 2)
+    score = q_rot @ groups.repeat_interleave(H // groups.shape[1], dim=1).mT
+    if q_latent is not None:
+        score = score + q_latent @ latent.mT
+    score = score * scaling
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    if attention_mask is None and S > 1:
+        attention_mask = torch.ones(S, L, dtype=torch.bool, device=score.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        score = score.masked_fill(~attention_mask, -torch.inf)
+    elif attention_mask is not None:
+        score = score + attention_mask
+    if sinks_H is not None:
+        score = torch.cat((score, sinks_H.to(score.dtype).view(1, H, 1, 1).expand(*score.shape[:3], 1)), dim=-1)
+    return score.softmax(-1).nan_to_num()[..., :L] @ latent
