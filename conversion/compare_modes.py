@@ -26,6 +26,8 @@ MODES = {
     },
     "drop 0.5, 4 experts, top 2": {"mode": "drop", "experts": 4, "top_k": 2, "drop_ratio": 0.5},
     "drop 0.1, 4 experts, top 2": {"mode": "drop", "experts": 4, "top_k": 2, "drop_ratio": 0.1},
+    "cluster, 7 experts and 1 shared, top 7": {"mode": "cluster", "experts": 7, "shared_shards": 1, "top_k": 7},
+    "cluster, 7 experts and 1 shared, top 5": {"mode": "cluster", "experts": 7, "shared_shards": 1, "top_k": 5},
     "noise 0.05, 4 experts, top 2": {"mode": "noise", "experts": 4, "top_k": 2, "noise_std": 0.05},
 }
 

@@ -98,7 +98,8 @@ def _options(choices: dict[str, Any]) -> Any:
     from .upcycling.options import Options
 
     chosen = {field.name: choices[field.name] for field in fields(Options) if field.name in choices}
-    return Options(**{**chosen, "dense_layers": _indices(choices["dense_layers"])})
+    lists = {"dense_layers": _indices(choices["dense_layers"]), "calibration": tuple(choices["calibration"] or ())}
+    return Options(**{**chosen, **lists})
 
 
 def _show(summary: dict[str, Any]) -> None:
@@ -130,7 +131,8 @@ Mode = Annotated[
     str,
     typer.Option(
         help="copy: every expert is the MLP. split: the MLP cut in shards. drop: copies with neurons drawn anew. "
-        "noise: copies with noise. branch: experts of several models. The first two are exact.",
+        "noise: copies with noise. cluster: the MLP's neurons in groups, no more parameters. branch: experts of "
+        "several models. The first two are exact.",
         rich_help_panel=MIXTURE,
     ),
 ]
@@ -154,7 +156,21 @@ SplitScale = Annotated[
 DropRatio = Annotated[float, typer.Option(help="Share of the neurons that drop draws anew.", rich_help_panel=MIXTURE)]
 NoiseStd = Annotated[float, typer.Option(help="Noise in units of each matrix's deviation.", rich_help_panel=MIXTURE)]
 DenseLayers = Annotated[str, typer.Option(help="Layers that keep their MLP, such as 0,1,5-7.", rich_help_panel=MIXTURE)]
-Router = Annotated[str, typer.Option(help="random or zero.", rich_help_panel=MIXTURE)]
+Router = Annotated[
+    str | None,
+    typer.Option(
+        help="random (by default), zero, centroids (of calibration text), activity (cluster), or prompts (branch).",
+        rich_help_panel=MIXTURE,
+    ),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text file for cluster, centroids and prompts, there one for each source; by default Python's reference.",
+        rich_help_panel=MIXTURE,
+    ),
+]
+CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it that are read.", rich_help_panel=MIXTURE)]
 Attention = Annotated[str, typer.Option(help="exact: latents that give the source's logits.", rich_help_panel=NUMBERS)]
 Dtype = Annotated[
     str,
@@ -180,7 +196,9 @@ def plan(
     drop_ratio: DropRatio = 0.5,
     noise_std: NoiseStd = 0.05,
     dense_layers: DenseLayers = "",
-    router: Router = "random",
+    router: Router = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 4096,
     attention: Attention = "exact",
     dtype: Dtype = "auto",
     max_shard_bytes: ShardBytes = 1_000_000_000,
@@ -217,7 +235,9 @@ def upcycle(
     drop_ratio: DropRatio = 0.5,
     noise_std: NoiseStd = 0.05,
     dense_layers: DenseLayers = "",
-    router: Router = "random",
+    router: Router = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 4096,
     attention: Attention = "exact",
     dtype: Dtype = "auto",
     seed: Seed = 0,

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .options import MODES
+from .options import CALIBRATED, MODES
 from .plan import Plan
 from .sources import Source
 
@@ -133,13 +133,19 @@ def command_line(plan: Plan, source: Source, name: str) -> str:
     for other in others:
         words += ["--branch", other.title]
     words += ["--experts", options.experts, "--top-k", options.top_k]
+    if options.shared_shards:
+        words += ["--shared-shards", options.shared_shards]
     if options.mode == "split":
-        words += ["--shards", options.shards, "--shared-shards", options.shared_shards]
+        words += ["--shards", options.shards]
         words += ["--split-scale", options.split_scale]
     if options.mode == "drop":
         words += ["--drop-ratio", options.drop_ratio]
     if options.mode == "noise":
         words += ["--noise-std", options.noise_std]
+    for text in options.calibration:
+        words += ["--calibration", Path(text).name]
+    if options.mode == "cluster" or options.router in CALIBRATED:
+        words += ["--calibration-tokens", options.calibration_tokens]
     if options.dense_layers:
         words += ["--dense-layers", ",".join(map(str, options.dense_layers))]
     words += ["--attention", options.attention, "--router", options.router, "--dtype", options.dtype]

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .calibration import calibrate, sparse_layers
+from .calibration import digest as digest_of_texts
 from .card import write_card
 from .gguf_source import GgufSource
 from .headers import INDEX_NAME
@@ -81,12 +83,15 @@ def convert(source: Source, target: Path, options: Options, progress: bool) -> P
     plan = make_plan(source, options)
     # Refuses, before anything is written, what the model could not be built from.
     config = HfMoeConfig(**plan.config)
-    digest = plan.digest(source.fingerprint(), config.to_dict())
+    digest = plan.digest(source.fingerprint(), config.to_dict(), digest_of_texts(options))
+
+    def prepare(partial: Path) -> Source:
+        return calibrate(source, options, list(sparse_layers(plan.config)), partial, progress)
 
     def finish(partial: Path, journal: Journal) -> None:
         write_rest(plan, source, config, partial, journal)
 
-    return build(plan, source, target, digest, finish, progress)
+    return build(plan, source, target, digest, finish, progress, prepare)
 
 
 def build(
@@ -96,8 +101,12 @@ def build(
     digest: str,
     finish: Callable[[Path, Journal], None],
     progress: bool,
+    prepare: Callable[[Path], Source] | None = None,
 ) -> Path:
-    """Write the plan's weights and what `finish` adds into the hidden folder, then let the target appear."""
+    """Write the plan's weights and what `finish` adds into the hidden folder, then let the target appear.
+
+    `prepare` may write there first, and returns the source to read.
+    """
     partial = partial_folder(target)
     _check_space(target.parent, plan, partial)
     partial.mkdir(exist_ok=True)
@@ -105,6 +114,7 @@ def build(
     try:
         if not journal.resume():
             _clear(partial)
+        source = prepare(partial) if prepare else source
         with byte_bar("writing weights", plan.nbytes, progress) as advance:
             advance(sum(len(shard.header) for shard in plan.shards))
             write_weights(plan, source, partial, journal, advance)

@@ -26,6 +26,17 @@ def columns(weight: torch.Tensor, *, start: int, stop: int, scale: float) -> tor
     return part if scale == 1.0 else part.double() * scale
 
 
+def gather_rows(weight: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of the neurons of an expert, from (F, D)."""
+    return weight[index]
+
+
+def gather_columns(weight: torch.Tensor, index: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """Columns of the neurons of an expert, from (D, F), times `scale` as in `columns`."""
+    part = weight[:, index]
+    return part if scale == 1.0 else part.double() * scale
+
+
 def add(weight: torch.Tensor, *, offset: float) -> torch.Tensor:
     """weight + offset, in float64: a norm that the family stores as the distance from 1."""
     return weight.double() + offset
@@ -58,6 +69,8 @@ def noise(weight: torch.Tensor, *, std: float, values: str) -> torch.Tensor:
 RULES: dict[str, Callable[..., torch.Tensor]] = {
     "copy": copy,
     "columns": columns,
+    "gather_rows": gather_rows,
+    "gather_columns": gather_columns,
     "add": add,
     "redraw": redraw,
     "noise": noise,

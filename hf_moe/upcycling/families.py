@@ -25,6 +25,9 @@ class Part:
     branch: int = 0
 
 
+# The branch that holds what was learnt from text: the last one, behind the sources.
+CALIBRATION = -1
+
 # Roles outside of the layers, and inside of one. Values are module names; ".weight" or ".bias" is added.
 OUTER = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 INNER = {

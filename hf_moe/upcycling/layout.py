@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from .families import IGNORED, INNER, Family, Part, family_of, head_dim, role_rows
+from .families import CALIBRATION, IGNORED, INNER, Family, Part, family_of, head_dim, role_rows
 from .headers import FLOAT_TYPES
-from .options import DTYPES, Options
+from .options import CALIBRATED, DTYPES, Options
 from .plan import DTYPE_NAMES, Plan, TargetTensor, pack
 from .sources import Source
 
@@ -57,6 +57,7 @@ class Layout:
         if config["intermediate_size"] % options.shards:
             raise ValueError(
                 f"intermediate_size={config['intermediate_size']} is not divisible by shards={options.shards}"
+                + (" (experts and shared shards)" if options.mode == "cluster" else "")
             )
         layers = range(config["num_hidden_layers"])
         self.sparse = [options.experts > 1 and i not in options.dense_layers for i in layers]
@@ -114,7 +115,11 @@ class Layout:
 
     def target_config(self) -> dict[str, Any]:
         options = self.options
-        routed_shards = options.shards - options.shared_shards
+        # Normalised weights sum to 1 over all shards; each shard's share must be 1.
+        shares = options.shards - options.shared_shards
+        if options.mode == "cluster":
+            # Those that a token meets.
+            shares = options.top_k or 1
         fields = dict(self.fields)
         fields |= {
             "architectures": ["HfMoeForCausalLM"],
@@ -130,8 +135,7 @@ class Layout:
             "moe_intermediate_size": self.width,
             "n_shared_experts": options.shared_shards,
             "norm_topk_prob": True,
-            # Normalised weights sum to 1 over all shards; each shard's share must be 1.
-            "routed_scaling_factor": self.residual * (routed_shards if options.split_scale == "factor" else 1.0),
+            "routed_scaling_factor": self.residual * (shares if options.split_scale == "factor" else 1.0),
         }
         return fields
 
@@ -198,16 +202,20 @@ class Layout:
     def _mixture(self, prefix: str, layer: int) -> Iterator[TargetTensor]:
         options, hidden = self.options, self.source_config["hidden_size"]
         routed = options.shards - options.shared_shards
-        yield self._make(
-            f"{prefix}gate.weight",
-            (options.experts, hidden),
-            f"router_{options.router}",
-            [],
-            layer,
-            repeats=routed,
-            std=options.router_std,
-            seed=f"{options.seed}/{layer}",
-        )
+        if options.router in CALIBRATED:
+            gate = self._make(f"{prefix}gate.weight", (options.experts, hidden), "calibrated", [], layer)
+            yield replace(gate, parts=(Part(f"layers.{layer}.router", branch=CALIBRATION),))
+        else:
+            yield self._make(
+                f"{prefix}gate.weight",
+                (options.experts, hidden),
+                f"router_{options.router}",
+                [],
+                layer,
+                repeats=1 if options.mode == "cluster" else routed,
+                std=options.router_std,
+                seed=f"{options.seed}/{layer}",
+            )
         if options.shared_shards:
             stop = options.shared_shards * self.width
             yield from self._mlp(f"{prefix}shared_experts.", layer, 0, stop, self.residual)
@@ -218,7 +226,9 @@ class Layout:
             yield from map(self._changed, tensors) if options.mode in ("drop", "noise") else tensors
 
     def branched(self, tensor: TargetTensor) -> TargetTensor:
-        """An expert from its source, anything else as the mean of all."""
+        """An expert from its source, a router from the text, anything else as the mean of all."""
+        if tensor.rule == "calibrated":
+            return tensor
         _, found, rest = tensor.name.partition(".experts.")
         if found:
             branch = int(rest.split(".")[0]) % self.branches
@@ -240,7 +250,13 @@ class Layout:
         return replace(tensor, rule=rule, arguments=tuple(sorted(arguments.items())))
 
     def _mlp(self, prefix: str, layer: int, start: int, stop: int, scale: float) -> Iterator[TargetTensor]:
-        """Neurons `start` to `stop` of the dense MLP. A scale goes on the down-projection: silu is not linear."""
+        """Neurons `start` to `stop` of the dense MLP. A scale goes on the down-projection: silu is not linear.
+
+        In mode `cluster` they are counted in the order that was learnt from text.
+        """
+        if self.options.mode == "cluster" and self.sparse[layer]:
+            yield from self._gathered(prefix, layer, start, stop, scale)
+            return
         for role in ("gate", "up"):
             whole = self.part(role, layer)
             yield self._copy(
@@ -253,6 +269,17 @@ class Layout:
         else:
             arguments = {"start": start, "stop": stop, "scale": scale}
             yield self._make(name, shape, "columns", [down], layer, scale == 1.0, **arguments)
+
+    def _gathered(self, prefix: str, layer: int, start: int, stop: int, scale: float) -> Iterator[TargetTensor]:
+        hidden, neurons = self.source_config["hidden_size"], Part(f"layers.{layer}.neurons", start, stop, CALIBRATION)
+        for role in ("gate", "up"):
+            parts = [self.part(role, layer)]
+            tensor = self._make(f"{prefix}{role}_proj.weight", (stop - start, hidden), "gather_rows", parts, layer)
+            yield replace(tensor, parts=(*parts, neurons))
+        parts, exact = [self.part("down", layer)], scale == 1.0
+        name, shape = f"{prefix}down_proj.weight", (hidden, stop - start)
+        tensor = self._make(name, shape, "gather_columns", parts, layer, exact, scale=scale)
+        yield replace(tensor, parts=(*parts, neurons))
 
     def _norm(self, name: str, part: Part, layer: int | None) -> TargetTensor:
         if not self.family.norm_offset:

@@ -8,6 +8,7 @@ MODES = {
     "split": "the dense MLP cut into shards, one shared and the others copied; exact",
     "drop": "copies in which drop_ratio of the neurons are drawn anew, others in each expert; not exact",
     "noise": "copies with normal noise of noise_std times each matrix's deviation; not exact",
+    "cluster": "the dense MLP's neurons grouped by co-activation, as many parameters as before; not exact",
     "branch": "experts from several dense models of one shape in turn, everything else their mean; not exact",
 }
 SPLIT_SCALES = {
@@ -19,7 +20,12 @@ ATTENTIONS = {"exact": "grouped-query attention as latent attention, same logits
 ROUTERS = {
     "random": "normal weights of standard deviation router_std",
     "zero": "zeros: every token prefers the first experts",
+    "centroids": "centres of the clusters of the MLP's inputs on calibration text",
+    "activity": "least squares from the MLP's inputs to what each expert of mode cluster contributes",
+    "prompts": "mean input over the prompts of each source of mode branch",
 }
+# Those that read text.
+CALIBRATED = ("centroids", "activity", "prompts")
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -31,11 +37,14 @@ class Options:
         mode: a key of `MODES`.
         experts, top_k: E and K of the target; K is 2 by default. `experts=1` keeps the MLPs dense, converts the
             attention only and leaves K = 1.
-        shards: into how many parts `split` cuts the MLP; 1 elsewhere.
+        shards: into how many parts `split` cuts the MLP; in `cluster` experts + shared_shards; 1 elsewhere.
         shared_shards: how many of them are always on.
         split_scale: a key of `SPLIT_SCALES`, where the number of routed shards stands that normalised weights lack.
         drop_ratio: share of the neurons that `drop` draws anew. noise_std: strength of `noise`.
-        attention: a key of `ATTENTIONS`. router: a key of `ROUTERS`, with `router_std`.
+        attention: a key of `ATTENTIONS`. router: a key of `ROUTERS`, with `router_std`; "activity" by default in mode
+            `cluster`, "random" elsewhere.
+        calibration: text files that mode `cluster` and some routers learn from, by default the second half of Python's
+            language reference; for the router "prompts" one for each source. calibration_tokens: how many of each.
         dense_layers: layers that keep their MLP.
         dtype: "auto" keeps the source's; a GGUF's is float32.
         seed: of everything random.
@@ -54,14 +63,18 @@ class Options:
     drop_ratio: float = 0.5
     noise_std: float = 0.05
     attention: str = "exact"
-    router: str = "random"
+    router: str | None = None
     router_std: float = 0.02
+    calibration: tuple[str, ...] = ()
+    calibration_tokens: int = 4096
     dense_layers: tuple[int, ...] = ()
     dtype: str = "auto"
     seed: int = 0
     max_shard_bytes: int = 1_000_000_000
 
     def __post_init__(self) -> None:
+        if self.router is None:
+            object.__setattr__(self, "router", "activity" if self.mode == "cluster" else "random")
         for name, known in (
             ("mode", MODES),
             ("attention", ATTENTIONS),
@@ -73,7 +86,15 @@ class Options:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known are {', '.join(known)}")
         if self.top_k is None:
             object.__setattr__(self, "top_k", 1 if self.experts == 1 else 2)
-        for name, least in (("experts", 1), ("top_k", 1), ("shards", 1), ("shared_shards", 0), ("max_shard_bytes", 1)):
+        least_of = {
+            "experts": 1,
+            "top_k": 1,
+            "shards": 1,
+            "shared_shards": 0,
+            "max_shard_bytes": 1,
+            "calibration_tokens": 2,
+        }
+        for name, least in least_of.items():
             if not isinstance(value := getattr(self, name), int) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
         if any(not isinstance(layer, int) for layer in self.dense_layers):
@@ -84,8 +105,11 @@ class Options:
                 raise ValueError(f"{name}={value!r} must be a number between 0 and {most:,.0f}")
         if self.top_k is not None and self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} is above experts={self.experts}")
+        self._check_router()
         if self.mode == "split":
             self._check_split()
+        elif self.mode == "cluster":
+            self._check_cluster()
         elif self.shards != 1 or self.shared_shards:
             raise ValueError(
                 f"shards={self.shards} and shared_shards={self.shared_shards} belong to mode='split', "
@@ -107,6 +131,25 @@ class Options:
                     f"(shards={self.shards}, shared_shards={self.shared_shards}): every token needs each of them"
                 )
 
+    def _check_cluster(self) -> None:
+        if self.experts < 2:
+            raise ValueError(f"mode='cluster' needs at least 2 experts, got {self.experts}")
+        if self.split_scale != "factor":
+            raise ValueError("mode='cluster' needs split_scale='factor'")
+        parts = self.experts + self.shared_shards
+        if self.shards not in (1, parts):
+            raise ValueError(f"shards={self.shards} must be experts + shared_shards = {parts} in mode='cluster'")
+        object.__setattr__(self, "shards", parts)
+
+    def _check_router(self) -> None:
+        for router, mode in (("activity", "cluster"), ("prompts", "branch")):
+            if self.router == router and self.mode != mode:
+                raise ValueError(f"router={router!r} belongs to mode={mode!r}, not to mode={self.mode!r}")
+        if self.calibration and self.mode != "cluster" and self.router not in CALIBRATED:
+            raise ValueError(f"calibration text is not read with mode={self.mode!r} and router={self.router!r}")
+        if self.router == "prompts" and not self.calibration:
+            raise ValueError("router='prompts' needs calibration: a file of prompts for each source")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self) | {"dense_layers": list(self.dense_layers)}
+        return asdict(self) | {"dense_layers": list(self.dense_layers), "calibration": list(self.calibration)}

@@ -4,6 +4,7 @@ from math import prod
 from typing import Any
 
 from .. import cost
+from .families import CALIBRATION
 from .headers import FLOAT_TYPES, ITEM_SIZE
 from .plan import DTYPE_NAMES, Plan
 from .sources import Source
@@ -77,7 +78,7 @@ def _layer(plan: Plan, source: Source, layer: int, item: int) -> dict[str, Any]:
 
 
 def _read_bytes(tensors: list[Any], source: Source) -> int:
-    parts = {part for tensor in tensors for part in tensor.parts}
+    parts = {part for tensor in tensors for part in tensor.parts if part.branch != CALIBRATION}
     size = 0
     for part in parts:
         header = source.headers[part.name]

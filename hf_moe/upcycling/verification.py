@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from .calibration import CALIBRATION_NAME, CalibratedSource, default_text, needs_calibration
 from .card import add_measurements
 from .convert import PROVENANCE_NAME
 from .headers import read_folder
@@ -139,7 +140,8 @@ def read_record(folder: Path) -> Record:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         choices = content["options"]
-        options = Options(**{**choices, "dense_layers": tuple(choices["dense_layers"])})
+        lists = {"dense_layers": tuple(choices["dense_layers"]), "calibration": tuple(choices.get("calibration", ()))}
+        options = Options(**{**choices, **lists})
         hashes = {tensor["name"]: tensor["sha256"] for tensor in content["tensors"]}
         return Record(options, dict(content["files"]), hashes, content["tensors"])
     except (ValueError, KeyError, TypeError) as error:
@@ -158,6 +160,10 @@ def _check_bytes(source: Source, folder: Path, record: Record, progress: bool) -
         read_folder(folder)
     except ValueError as error:
         return [*failures, str(error)]
+    if needs_calibration(record.options):
+        if CALIBRATION_NAME not in record.files or failures:
+            return [*failures, f"{CALIBRATION_NAME} is not what {PROVENANCE_NAME} says"]
+        source = CalibratedSource(source, folder / CALIBRATION_NAME)
     with byte_bar("checking weights", plan.nbytes, progress) as advance:
         failures += list(_differing(plan, source, folder, record, advance))
     return failures
@@ -251,13 +257,6 @@ def token_ids(source: Source, folder: Path, text: str | None, tokens: int) -> tu
     if ids.shape[1] < tokens:
         raise ValueError(f"the text has {ids.shape[1]} tokens, {tokens} are needed")
     return ids[:, :tokens], description
-
-
-def default_text() -> str:
-    """English prose that every Python installation holds: the topics of `help()`."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def load_source(source: Source) -> Any:

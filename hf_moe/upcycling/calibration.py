@@ -1,0 +1,207 @@
+"""What a conversion learns from text: the dense model is run over it, with one layer in memory.
+
+The result stands beside the weights, in `calibration.safetensors`: for each sparse layer the order of its neurons and
+the weights of its router. The plan reads it as one more source (branch `CALIBRATION`), so that a conversion can be
+continued and verified without running the model again.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .clustering import activity_router, centroid_router, group_neurons, mean_router
+from .families import CALIBRATION
+from .headers import read_header
+from .options import CALIBRATED, Options
+from .progress import step_bar
+from .sources import FolderSource, Source
+
+CALIBRATION_NAME = "calibration.safetensors"
+# Tokens in a row, at most: longer ones cost more than they teach.
+_CONTEXT = 512
+
+# Called with a layer's number, the inputs of its MLP (T, D) and the neurons' contributions (T, F).
+Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class CalibratedSource(FolderSource):
+    """A source and what was learnt about it: reads of the last branch come from the calibration's file."""
+
+    def __init__(self, source: Source, path: Path):
+        super(FolderSource, self).__init__(source.location, source.path, source.revision)
+        self.source, self.config, self.headers = source, source.config, source.headers
+        self._stored, self._scales, self._block = read_header(path), {}, None
+
+    @property
+    def branches(self) -> list[Source]:
+        """Those of the source, and this one at `CALIBRATION`."""
+        branches: list[Source] = [*self.source.branches, self]
+        assert branches[CALIBRATION] is self
+        return branches
+
+
+def needs_calibration(options: Options) -> bool:
+    """Whether a conversion reads text."""
+    return options.mode == "cluster" or options.router in CALIBRATED
+
+
+def texts(options: Options) -> list[str]:
+    """The texts of a conversion: the files that the choice names, or the second half of Python's language reference.
+
+    Raises:
+        FileNotFoundError.
+    """
+    if options.calibration:
+        return [Path(name).expanduser().read_text(encoding="utf-8") for name in options.calibration]
+    whole = default_text()
+    return [whole[len(whole) // 2 :]]
+
+
+def default_text() -> str:
+    """English prose that every Python installation holds: the topics of `help()`."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def digest(options: Options) -> list[str]:
+    """Hashes of the texts: another text is another conversion."""
+    if not needs_calibration(options):
+        return []
+    return [hashlib.sha256(text.encode()).hexdigest() for text in texts(options)]
+
+
+def calibrate(source: Source, options: Options, sparse: list[int], folder: Path, progress: bool) -> Source:
+    """Learn what the choice needs from its texts, unless an interrupted run has, and return the source with it.
+
+    Args:
+        sparse: numbers of the layers with experts.
+    Raises:
+        ValueError: a text that is too short.
+    Cost: a forward pass over `calibration_tokens` tokens in fp32, and k-means in each layer.
+    """
+    if not needs_calibration(options):
+        return source
+    path = folder / CALIBRATION_NAME
+    if not path.is_file():
+        from safetensors.torch import save_file
+
+        learnt = _learn(source, options, sparse, progress)
+        partial = folder / f".{CALIBRATION_NAME}"
+        save_file(learnt, partial, metadata={"format": "pt"})
+        os.replace(partial, path)
+    return CalibratedSource(source, path)
+
+
+def _learn(source: Source, options: Options, sparse: list[int], progress: bool) -> dict[str, torch.Tensor]:
+    learnt: dict[str, torch.Tensor] = {}
+    inputs: dict[int, list[torch.Tensor]] = {layer: [] for layer in sparse}
+
+    def observe(layer: int, x: torch.Tensor, contribution: torch.Tensor) -> None:
+        if layer not in inputs:
+            return
+        seed, shared = f"{options.seed}/{layer}", options.shared_shards
+        if options.mode == "cluster":
+            order = group_neurons(contribution, options.experts, shared, seed)
+            learnt[f"layers.{layer}.neurons"] = order
+            routed = order[len(order) // options.shards * shared :]
+        if options.router == "activity":
+            learnt[f"layers.{layer}.router"] = activity_router(x, contribution, routed, options.experts)
+        elif options.router == "centroids":
+            repeats = options.shards - shared if options.mode == "split" else 1
+            rows = centroid_router(x, options.experts // repeats, seed)
+            learnt[f"layers.{layer}.router"] = rows.repeat_interleave(repeats, dim=0).contiguous()
+        elif options.router == "prompts":
+            inputs[layer].append(x)
+
+    branches, words = source.branches, texts(options)
+    if options.router == "prompts" and len(words) != len(branches):
+        raise ValueError(f"router='prompts' needs a text for each of the {len(branches)} sources, got {len(words)}")
+    pairs = (
+        list(zip(branches, words, strict=True)) if options.router == "prompts" else [(branches[0], "\n\n".join(words))]
+    )
+    layers = source.config["num_hidden_layers"]
+    with step_bar("reading the calibration text", layers * len(pairs), progress) as advance:
+        for branch, text in pairs:
+            run_by_layers(branch, _ids(branch, text, options.calibration_tokens), observe, advance)
+    if options.router == "prompts":
+        for layer, each in inputs.items():
+            rows = mean_router(each, torch.cat(each))
+            learnt[f"layers.{layer}.router"] = rows.repeat(options.experts // len(rows), 1)
+    return learnt
+
+
+def _ids(source: Source, text: str, tokens: int) -> torch.Tensor:
+    """Ids in rows of equal length; random ones where the source has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    context = min(_CONTEXT, tokens, source.config.get("max_position_embeddings") or _CONTEXT)
+    if source.vocabulary() is None and "gguf_file" not in source.load_arguments():
+        random = torch.Generator().manual_seed(1)
+        ids = torch.randint(source.config["vocab_size"], (tokens,), generator=random)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(**source.load_arguments())
+        ids = tokenizer(text[: tokens * 32], return_tensors="pt", truncation=False, verbose=False)["input_ids"][0]
+        if len(ids) < tokens:
+            raise ValueError(f"the calibration text has {len(ids)} tokens, calibration_tokens={tokens} are needed")
+    return ids[: tokens // context * context].view(-1, context)
+
+
+@torch.no_grad()
+def run_by_layers(source: Source, ids: torch.Tensor, observe: Observe, advance: Callable[[int], None]) -> None:
+    """Run Transformers' own dense model in fp32 with the weights of one layer in memory.
+
+    Cost: 2 FLOPs for each weight and token; memory of one layer, and of the MLP's neurons for all tokens.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    plain = {key: value for key, value in source.config.items() if key not in ("quantization_config", "dtype")}
+    config = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
+
+    def fill(module: Any, prefix: str) -> None:
+        names = [name for name, _ in module.named_parameters()]
+        state = {name: source.read(f"{prefix}{name}").float() for name in names}
+        module.load_state_dict(state, strict=False, assign=True)
+
+    for name in ("embed_tokens", "norm"):
+        fill(getattr(model, name), f"model.{name}.")
+    for number, layer in enumerate(model.layers):
+        _watch(layer, number, fill, observe, advance)
+    # A row at a time would read the layers again for each.
+    model(input_ids=ids, use_cache=False)
+
+
+def _watch(layer: Any, number: int, fill: Callable[[Any, str], None], observe: Observe, advance: Any) -> None:
+    """Give a layer its weights while it runs, and show what its MLP saw."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def before(module: Any, arguments: Any) -> None:
+        fill(module, f"model.layers.{number}.")
+
+    def mlp(module: Any, arguments: Any) -> None:
+        seen["x"] = arguments[0].flatten(0, 1)
+
+    def down(module: Any, arguments: Any) -> None:
+        seen["contribution"] = arguments[0].flatten(0, 1).abs() * module.weight.norm(dim=0)
+
+    def after(module: Any, arguments: Any, output: Any) -> None:
+        observe(number, seen.pop("x"), seen.pop("contribution"))
+        module.to("meta")
+        advance(1)
+
+    layer.register_forward_pre_hook(before)
+    layer.mlp.register_forward_pre_hook(mlp)
+    layer.mlp.down_proj.register_forward_pre_hook(down)
+    layer.register_forward_hook(after)
+
+
+def sparse_layers(config: dict[str, Any]) -> Iterator[int]:
+    """Numbers of the layers with experts, of a target's configuration."""
+    return (layer for layer, kind in enumerate(config["mlp_layer_types"]) if kind == "sparse")
