@@ -335,7 +335,7 @@ def export(
 @app.command(name="import")
 def import_(
     folder: Annotated[
-        Path, typer.Argument(help="Folder with a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or DeepSeek-V3 model.")
+        str, typer.Argument(help="Folder or Hub id of a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or DeepSeek-V3 model.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder to make. It appears when it is complete.")],
     quiet: Quiet = False,

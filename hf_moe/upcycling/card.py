@@ -86,6 +86,38 @@ def write_card(plan: Plan, source: Source, folder: Path) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+_EXCHANGE = """---
+license: {license}
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- mixture-of-experts
+{base_model}---
+
+# {title}
+
+{source}, written as a `{kind}` model by `hf_moe`: the same numbers under other names. `provenance.json` names, for
+every tensor, the source tensors it was made of and the SHA-256 of both.
+
+## Licence
+
+{license_note}
+"""
+
+
+def write_exchange_card(source: Source, kind: str, folder: Path) -> None:
+    """Write README.md of an exported or imported model."""
+    text = _EXCHANGE.format(
+        license=source.license() or "other",
+        base_model=f"base_model:\n- {source.location.partition('@')[0]}\n" if source.revision else "",
+        title=folder.name.removeprefix(".").removesuffix(".partial"),
+        source=_described(source),
+        kind=kind,
+        license_note=license_note(source),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
 def _described(source: Source) -> str:
     return f"`{source.title}`" + (f" at revision `{source.revision}`" if source.revision else "")
 

@@ -9,21 +9,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .convert import build, check_target, copy_model_files, copy_tokenizer
+from .card import write_exchange_card
+from .convert import PROVENANCE_NAME, build, check_target, copy_model_files, copy_tokenizer, provenance
 from .families import Part, check_activation
 from .formats import ENGINES, MIXTURES, Format, Mixture, format_of
 from .headers import INDEX_NAME, read_folder
+from .journal import Journal
 from .options import Options
 from .plan import DTYPE_NAMES, Plan, TargetTensor, pack
-from .sources import FolderSource, filled_in, read_config
+from .sources import FolderSource, filled_in, hub_folder, read_config
 
 
 class MixtureSource(FolderSource):
     """A folder that holds a mixture already: ours, or one of `MIXTURES`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, location: str):
+        fetched = hub_folder(location)
+        path = fetched or Path(location).expanduser()
         # Not FolderSource's: that one wants a dense family.
-        super(FolderSource, self).__init__(str(path), path)
+        super(FolderSource, self).__init__(location, path, fetched.name if fetched else None)
         raw = read_config(path)
         self.model_type = raw.get("model_type")
         if self.model_type not in ("hf_moe", *MIXTURES):
@@ -48,7 +52,7 @@ def export(
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
-    target, source, layout = check_target(out), MixtureSource(Path(folder).expanduser()), format_of(to)
+    target, source, layout = check_target(out), MixtureSource(str(folder)), format_of(to)
     if source.model_type != "hf_moe":
         raise ValueError(f"{folder} holds a {source.model_type!r} model; export starts from hf_moe")
     if obstacle := layout.obstacle(source.config, engine):
@@ -61,12 +65,12 @@ def export(
 
 
 def import_mixture(folder: str | Path, out: str | Path, *, progress: bool = True) -> Path:
-    """Read a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or DeepSeek-V3 folder as a model of ours: latents, exact.
+    """Read a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or DeepSeek-V3 folder or Hub id as a model of ours: latents, exact.
 
     Raises:
         ValueError: another architecture, or an option that the target cannot hold.
     """
-    target, source = check_target(out), MixtureSource(Path(folder).expanduser())
+    target, source = check_target(out), MixtureSource(str(folder))
     if source.model_type == "hf_moe":
         raise ValueError(f"{folder} holds an 'hf_moe' model already")
     layout = MIXTURES[str(source.model_type)]
@@ -245,12 +249,17 @@ def _write(
     # Refuses, before anything is written, what the model could not be built from.
     config = _configuration(kind, fields)
 
-    def finish(folder: Path, _: Any) -> None:
+    def finish(folder: Path, journal: Journal) -> None:
         (folder / INDEX_NAME).write_text(json.dumps(plan.index(), indent=1) + "\n", encoding="utf-8")
         config.save_pretrained(folder)
         if kind == "hf_moe":
             copy_model_files(folder)
         copy_tokenizer(source, folder)
+        write_exchange_card(source, kind, folder)
+        record = provenance(plan, source, folder, journal) | {"conversion": [str(source.model_type), kind]}
+        # Those of an upcycling say nothing here.
+        del record["options"]
+        (folder / PROVENANCE_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     return build(plan, source, target, plan.digest(source.fingerprint()), finish, progress)
 

@@ -310,6 +310,11 @@ def family_of(config: Config) -> Family:
         ValueError: an architecture that is not in the table; the known ones are listed.
     """
     family = FAMILIES.get(str(config.get("model_type")))
+    if family is None and isinstance(config.get("text_config"), dict):
+        raise ValueError(
+            f"{config.get('model_type')!r} is a model of more than text; save its language model by itself "
+            "(model.language_model with the text configuration) and convert that"
+        )
     if family is None:
         name = config.get("model_type") or (config.get("architectures") or ["without a model_type"])[0]
         raise ValueError(f"unknown architecture {name!r}; known are {', '.join(sorted(FAMILIES))}")

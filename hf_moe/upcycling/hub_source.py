@@ -59,14 +59,19 @@ def fetch_config(location: str) -> Path:
 
 
 def download(source: str) -> Source:
-    """Fetch what a conversion reads, into the Hub's cache."""
+    """A dense repository, fetched."""
+    folder = fetch(source)
+    return FolderSource(source, folder, revision=folder.name)
+
+
+def fetch(source: str) -> Path:
+    """Fetch what a conversion reads, into the Hub's cache; its folder there is named after the commit."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = source.partition("@")
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "README.md", *COPIED_FILES]
     with hub_errors(source, _NOWHERE.format(source)):
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-    return FolderSource(source, Path(folder), revision=Path(folder).name)
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
 
 
 @contextmanager

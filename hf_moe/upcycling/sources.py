@@ -228,6 +228,15 @@ def model_config(model: str) -> dict[str, Any]:
     return filled_in(read_config(folder))
 
 
+def hub_folder(source: str) -> Path | None:
+    """The fetched folder of a Hub id; None of what is a folder here or no id."""
+    if Path(source).expanduser().exists() or not _HUB_ID.fullmatch(source):
+        return None
+    from .hub_source import fetch
+
+    return fetch(source)
+
+
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
     """A dense configuration as its class fills it in, old spellings of rope included."""
     from .families import family_of

@@ -132,7 +132,7 @@ def read_record(folder: Path) -> Record:
         ValueError: there is none, or it is not what `upcycle` writes.
     """
     path = folder / PROVENANCE_NAME
-    if not path.is_file():
+    if not path.is_file() or '"conversion"' in path.read_text(encoding="utf-8"):
         raise ValueError(
             f"{folder} holds no {PROVENANCE_NAME}, so nobody can say which bytes of a source made it: only what hf-moe "
             "upcycle wrote can be verified, not a model that was exported, imported or trained further"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_moe.upcycling import export, import_mixture, upcycle
+from hf_moe.upcycling import export, import_mixture, upcycle, verify
 from hf_moe.upcycling.formats import FEATURES, FORMATS, format_of, matrix
 
 
@@ -193,3 +193,32 @@ def test_matrix_names_every_feature():
     assert rows[0] == ["feature", "mixtral", "qwen3_moe", "deepseek_v3"]
     assert [row[0] for row in rows[1:]] == list(FEATURES)
     assert {cell for row in rows[1:] for cell in row[1:]} == {"needed", "yes", "-"}
+
+
+def test_hub_id_provenance_and_card(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = make(tmp_path, "mixtral")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    theirs = export(folder, tmp_path / "theirs", "mixtral", progress=False)
+    record = json.loads((theirs / "provenance.json").read_text())
+    assert record["conversion"] == ["hf_moe", "mixtral"]
+    assert {entry["name"] for entry in record["tensors"]} == state(theirs).keys()
+    assert "license: mit" in (theirs / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"only what hf-moe upcycle wrote can be verified"):
+        verify(tmp_path / "dense", theirs, progress=False)
+    commit = theirs.rename(tmp_path / "0123abcd")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(commit))
+    back = import_mixture("owner/name", tmp_path / "back", progress=False)
+    assert json.loads((back / "provenance.json").read_text())["sources"] == [
+        {"name": "owner/name", "revision": "0123abcd"}
+    ]
+    card = (back / "README.md").read_text()
+    assert "base_model:\n- owner/name\n" in card
+    assert "`owner/name` at revision `0123abcd`" in card
+
+
+def test_model_of_more_than_text_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {}}))
+    with pytest.raises(ValueError, match="'gemma3' is a model of more than text; save its language model by itself"):
+        upcycle(tmp_path, tmp_path / "moe", progress=False)
