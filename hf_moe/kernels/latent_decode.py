@@ -106,9 +106,7 @@ def _join_kernel(
     total = tl.sum(weight, 0)
     if HAS_SINK:
         total += tl.exp2(sink - base)
-    part = tl.load(
-        part_ptr + (row * SPLITS + n)[:, None] * C + c, mask=(n[:, None] < SPLITS) & (c < C), other=0.0
-    )
+    part = tl.load(part_ptr + (row * SPLITS + n)[:, None] * C + c, mask=(n[:, None] < SPLITS) & (c < C), other=0.0)
     out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + row * C + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
 

@@ -16,7 +16,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_hf_moe import HfMoeConfig
+from .generation_hf_moe import is_unfilled
 from .paging_hf_moe import half_width, update_paged
+
+# The name under which `hf_moe` registers its kernel for the absorbed form.
+LATENT_ATTENTION = "hf_moe_latent"
 
 
 class HfMoeRMSNorm(nn.Module):
@@ -239,6 +243,11 @@ class HfMoeAttention(nn.Module):
         latent, k_rot = self.project_latent(hidden_states, position_embeddings)
         if (paged := kwargs.pop("cache", None)) is not None:
             latent, k_rot = update_paged(paged, latent, k_rot, self.layer_idx, half_width(self.config), kwargs)
+        elif is_unfilled(past_key_values, self.layer_idx):
+            # A prompt attends to itself, not to all the slots of a static cache.
+            past_key_values.update(latent, k_rot, self.layer_idx)
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:
+                attention_mask = attention_mask[..., : latent.shape[2]]
         elif past_key_values is not None:
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
 
@@ -346,8 +355,8 @@ class HfMoeAttention(nn.Module):
         k_rot: torch.Tensor,
         attention_mask: torch.Tensor | None,
         dropout: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention on the cache as stored; returns (B, S, H, V) and weights (B, H, S, L).
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention on the cache as stored; returns (B, S, H, V) and weights (B, H, S, L), or None from a kernel.
 
         Args:
             query: (B, H, S, N + P). latent: (B, 1, L, C). k_rot: (B, 1, L, G·P).
@@ -359,6 +368,13 @@ class HfMoeAttention(nn.Module):
         w_HXC = (weight.to_local() if isinstance(weight, DTensor) else weight).unflatten(0, (num_heads, -1))
         w_uk_HNC, w_uv_HVC = w_HXC.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+
+        kernel = self.latent_function(query, dropout)
+        if kernel is not None:
+            q_latent = q_nope @ w_uk_HNC if self.qk_nope_head_dim else None
+            options = self.score_options()
+            out, _ = kernel(self, q_rot, k_rot, latent, attention_mask, self.scaling, q_latent=q_latent, **options)
+            return (out @ w_uv_HVC.transpose(1, 2)).transpose(1, 2), None
 
         k_rot = self.split_groups(k_rot)
         q_rot = q_rot.reshape(batch_size, k_rot.shape[1], -1, self.qk_rope_head_dim)
@@ -372,6 +388,14 @@ class HfMoeAttention(nn.Module):
 
         out = (weights.reshape(batch_size, 1, -1, key_length) @ latent).view(batch_size, num_heads, query_length, -1)
         return (out @ w_uv_HVC.transpose(1, 2)).transpose(1, 2), weights
+
+    def latent_function(self, query: torch.Tensor, dropout: float) -> Callable | None:
+        """The kernel for the absorbed form, where one is registered, and it gives all that is asked for here."""
+        if query.device.type != "cuda" or dropout or self.config._attn_implementation != "sdpa":
+            return None
+        if query.dtype not in (torch.bfloat16, torch.float16, torch.float32) or torch.is_grad_enabled():
+            return None
+        return ALL_ATTENTION_FUNCTIONS.get(LATENT_ATTENTION)
 
     def score_options(self) -> dict[str, Any]:
         """Soft-cap and sinks, where there are some, under the names by which flash and flex attention take them."""

@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm, HfMoeRotaryEmbedding
 from .configuration_hf_moe import HfMoeConfig
+from .generation_hf_moe import CapturedGeneration
 from .paging_hf_moe import sized_for_latents
 from .parallel_hf_moe import register_parallel_styles
 from .routing_hf_moe import HfMoeTopkRouter, auxiliary_loss
@@ -395,7 +396,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         }
 
 
-class HfMoeForCausalLM(HfMoePreTrainedModel, GenerationMixin):
+class HfMoeForCausalLM(CapturedGeneration, HfMoePreTrainedModel, GenerationMixin):
     """Language model: `HfMoeModel` and a linear head, with the router's losses added in training."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from cases import DEVICE
 
 from hf_moe.kernels import reference
 from hf_moe.kernels.latent_decode import latent_decode
-
-from cases import DEVICE
 
 # batch, heads, groups, queries, cached tokens, latent width, rotary width (0: no latent part in the scores)
 SHAPES = {
