@@ -124,6 +124,16 @@ def experts(
     return out_TD
 
 
+def experts_lora(
+    x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH=None, down_bias_ED=None, *, up_lora=None, down_lora=None,
+    gating: Gating,
+) -> Tensor:  # fmt: skip
+    """The layer of the summed weights, W + b @ a."""
+    up_EHD = up_EHD if up_lora is None else up_EHD + up_lora[1] @ up_lora[0]
+    down_EDF = down_EDF if down_lora is None else down_EDF + down_lora[1] @ down_lora[0]
+    return experts(x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED, gating=gating)
+
+
 def latent_decode(q_latent, q_rot, latent, k_rot, *, scaling, attention_mask=None, softcap=None, sinks_H=None):
     """Keys and values are the cache itself; each group of heads has its own rotary key."""
     (_, H, S, P), L = q_rot.shape, latent.shape[2]

@@ -1,0 +1,409 @@
+"""The expert layer with low-rank adapters on frozen experts: W + B·A is never formed, and W gets no gradient.
+
+    h = up[e] @ x + up_b[e] @ (up_a[e] @ x)        a = gate(h)        y = down[e] @ a + down_b[e] @ (down_a[e] @ a)
+
+Letters: T tokens, K experts a token, N = T·K routed rows, D hidden, F expert width, H = 2F (gated) or F, E experts,
+R rank, I and O input and output columns of a projection.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+from .combine import combine, spread
+from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
+from .gating import Gating, act_and_slope, gate_forward, gating_gradient
+from .grouped_linear import dot_rows, grouped_linear, tile_of
+from .layer import Plan, _dense, _rows
+from .routing import Routing, route, tile_capacity
+from .tuning import Tile, cdiv, power_of_2
+from .weight_gradient import weight_gradient
+
+
+@triton.jit
+def _adapted_linear_kernel(
+    x,
+    w,
+    bias_ptr,
+    z_ptr,
+    b_ptr,
+    y_ptr,
+    row_ptr,
+    tile_ptr,
+    capacity,
+    N_IN,
+    N_OUT,
+    R,
+    PER_TOKEN,
+    x_stride,
+    w_stride_e,
+    w_stride_o,
+    w_stride_i,
+    b_stride_e,
+    b_stride_o,
+    b_stride_r,
+    GATHER: tl.constexpr,
+    X_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    IN_FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles = tl.load(tile_ptr + 3 * capacity)
+    columns = tl.cdiv(N_OUT, BN)
+    for work in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
+        tile, column = tile_of(work, tiles, columns, GROUP)
+        column *= BN
+        expert = tl.load(tile_ptr + tile)
+        first = tl.load(tile_ptr + capacity + tile)
+        last = tl.load(tile_ptr + 2 * capacity + tile)
+        total = dot_rows(
+            x,
+            w,
+            row_ptr,
+            expert,
+            first,
+            last,
+            column,
+            N_IN,
+            N_OUT,
+            PER_TOKEN,
+            x_stride,
+            w_stride_e,
+            w_stride_o,
+            w_stride_i,
+            GATHER,
+            X_TMA,
+            W_TMA,
+            IN_FIRST,
+            1,
+            BM,
+            BN,
+            BK,
+            EVEN_K,
+            PRECISION,
+        )
+        rows = first + tl.arange(0, BM)
+        out = column + tl.arange(0, BN)
+        rank = tl.arange(0, BR)
+        # One more step of the same sum, R deep: the adapter costs no pass over y.
+        z_mask = (rows[:, None] < last) & (rank[None, :] < R)
+        z = tl.load(z_ptr + rows.to(tl.int64)[:, None] * R + rank[None, :], mask=z_mask, other=0.0)
+        b_ptrs = b_ptr + expert.to(tl.int64) * b_stride_e + out[None, :] * b_stride_o + rank[:, None] * b_stride_r
+        b = tl.load(b_ptrs, mask=(rank[:, None] < R) & (out[None, :] < N_OUT), other=0.0)
+        total = tl.dot(z, b, total, input_precision=PRECISION)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + expert.to(tl.int64) * N_OUT + out, mask=out < N_OUT, other=0.0)
+            total += bias.to(tl.float32)[None, :]
+        y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N_OUT + out[None, :]
+        tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < last) & (out[None, :] < N_OUT))
+
+
+def adapted_linear(
+    x: Tensor,
+    weight_EOI: Tensor,
+    z_NR: Tensor,
+    b_EOR: Tensor,
+    routing: Routing,
+    tile: Tile,
+    *,
+    bias_EO: Tensor | None = None,
+    per_token: int | None = None,
+) -> Tensor:
+    """A grouped linear and a low-rank term in one sum.
+
+        y[n] = weight[e] @ x[row] + b[e] @ z[n] + bias[e]     row = n, or routing.row[n] // per_token when that is given
+
+    Args:
+        z_NR: usually a[e] @ x[row], in x's dtype, contiguous.
+        b_EOR: x's dtype, any strides. The rest is as for `grouped_linear`.
+    Returns:
+        y_NO in x's dtype, accumulated in fp32. Rows of no expert stay unwritten.
+    Cost: 2·N·O·(I + R) FLOPs, one launch.
+    """
+    _, n_out, n_in = weight_EOI.shape
+    R = z_NR.shape[1]
+    y_NO = x.new_empty((routing.row_N.numel(), n_out))
+    in_first = weight_EOI.stride(2) != 1
+    x_tma = per_token is None and can_describe(x)
+    w_tma = can_describe(weight_EOI.transpose(1, 2) if in_first else weight_EOI)
+    _adapted_linear_kernel[(programs(tile, routing.max_tiles * cdiv(n_out, tile.n), x.device),)](
+        row_descriptor(x, tile.m, tile.k) if x_tma else x,
+        weight_descriptor(weight_EOI, 1, tile.n, tile.k) if w_tma else weight_EOI,
+        bias_EO,
+        z_NR,
+        b_EOR,
+        y_NO,
+        routing.row_N,
+        routing.tile,
+        routing.capacity,
+        n_in,
+        n_out,
+        R,
+        per_token or 1,
+        x.stride(0),
+        *weight_EOI.stride(),
+        *b_EOR.stride(),
+        GATHER=per_token is not None,
+        X_TMA=x_tma,
+        W_TMA=w_tma,
+        IN_FIRST=in_first,
+        HAS_BIAS=bias_EO is not None,
+        BM=tile.m,
+        BN=tile.n,
+        BK=tile.k,
+        BR=max(16, power_of_2(R)),
+        EVEN_K=n_in % tile.k == 0,
+        GROUP=tile.group,
+        PRECISION=dot_precision(x.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y_NO
+
+
+@triton.jit
+def _apply_gate_kernel(
+    h_ptr,
+    a_ptr,
+    total,
+    F,
+    alpha,
+    limit,
+    up_offset,
+    ACT: tl.constexpr,
+    CLIP: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, f = at // F, at % F
+    mask = at < total
+    if GATED:
+        gate_at = row * (2 * F) + f * (2 if INTERLEAVED else 1)
+        gate = tl.load(h_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + gate_at + (1 if INTERLEAVED else F), mask=mask, other=0.0).to(tl.float32)
+        a = gate_forward(gate, up, alpha, limit, up_offset, ACT, CLIP)
+    else:
+        a, _ = act_and_slope(tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32), alpha, ACT)
+    tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
+
+
+def apply_gate(h_NH: Tensor, gating: Gating) -> Tensor:
+    """a = gate(h), row by row, as the fused projection would have stored it. Reads h, writes a."""
+    N, F = h_NH.shape[0], h_NH.shape[1] // gating.fan
+    a_NF = h_NH.new_empty((N, F))
+    _apply_gate_kernel[(cdiv(N * F, 2048),)](
+        h_NH,
+        a_NF,
+        N * F,
+        F,
+        gating.alpha,
+        gating.limit if gating.limit is not None else 0.0,
+        gating.up_offset,
+        ACT=gating.act,
+        CLIP=gating.limit is not None,
+        GATED=gating.gated,
+        INTERLEAVED=gating.gated and gating.interleaved,
+        BLOCK=2048,
+    )
+    return a_NF
+
+
+def _narrow(rank: int, tile_rows: int, x: Tensor) -> Tile:
+    """A row tile as high as the layer's and as wide as the rank."""
+    return Tile(tile_rows, max(16, power_of_2(rank)), 64 if x.is_cuda and x.dtype != torch.float32 else 32, 4, 3)
+
+
+def _low_rank(x: Tensor, a_ERI: Tensor, routing: Routing, per_token: int | None = None) -> Tensor:
+    """z[n] = a[e] @ x[row]."""
+    return grouped_linear(x, a_ERI, routing, _narrow(a_ERI.shape[1], routing.tile_rows, x), per_token=per_token)
+
+
+def _low_rank_gradient(wide_NC: Tensor, narrow_NR: Tensor, routing: Routing, per_token: int | None = None) -> Tensor:
+    """Σ wide[row] ⊗ narrow[n] over each expert's rows, as (E, C, R): the rank is the short side of a tile."""
+    side = 128 if wide_NC.is_cuda else 32
+    tile = _narrow(narrow_NR.shape[1], side, wide_NC)
+    return weight_gradient(wide_NC, narrow_NR, routing, tile, left_per_token=per_token)
+
+
+def _linear(x, weight, a, b, routing, tile, *, bias=None, per_token=None):
+    if a is None:
+        return grouped_linear(x, weight, routing, tile, bias_EO=bias, per_token=per_token), None
+    z = _low_rank(x, a, routing, per_token)
+    return adapted_linear(x, weight, z, b, routing, tile, bias_EO=bias, per_token=per_token), z
+
+
+_GATING = "str act, float alpha, float? limit, float up_offset, bool gated, bool interleaved"
+_ADAPTED = (
+    "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
+    "Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b"
+)
+_library = torch.library.Library("hf_moe", "FRAGMENT")
+_library.define(f"experts_lora(Tensor x, Tensor index, Tensor weight, {_ADAPTED}, {_GATING})"
+                " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+_library.define(f"experts_lora_backward(Tensor dout, Tensor x, Tensor h, Tensor z, Tensor index, Tensor weight, "
+                f"{_ADAPTED}, Tensor row, Tensor position, Tensor offset, Tensor tile, {_GATING}, bool[] needs)"
+                " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+
+
+def _forward(
+    x, index, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b,
+    act, alpha, limit, up_offset, gated, interleaved,
+):  # fmt: skip
+    gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
+    x, up, down = _rows(x), _dense(up), _dense(down)
+    (T, K), E = index.shape, up.shape[0]
+    if T == 0:
+        none = index.new_empty(0, dtype=torch.int32)
+        empty = (x.new_empty(0), x.new_empty(0), none, none.clone(), none.clone(), none.clone())
+        return x.new_zeros(x.shape), *empty
+    plan = Plan.of(x.device, x.dtype, T * K // E)
+    routing = route(index, E, plan.down.m)
+    x_rows = spread(x, routing, K)
+    h, z = _linear(x_rows, up, up_a, up_b, routing, plan.down, bias=up_bias)
+    del x_rows
+    y, _ = _linear(apply_gate(h, gating), down, down_a, down_b, routing, plan.down, bias=down_bias)
+    return combine(y, weight, routing, K), h, x.new_empty(0) if z is None else z, *routing[:4]
+
+
+def _forward_fake(x, index, weight, up, down, up_bias, down_bias, up_a, *_):
+    (T, K), E = index.shape, up.shape[0]
+    if isinstance(T, int) and T == 0:
+        h, z, sizes = x.new_empty(0), x.new_empty(0), (0, 0, 0, 0)
+    else:
+        h = x.new_empty((T * K, up.shape[1]))
+        z = x.new_empty(0) if up_a is None else x.new_empty((T * K, up_a.shape[1]))
+        sizes = (T * K, T * K, E + 1, 3 * tile_capacity(T * K, E) + 1)
+    return x.new_empty(x.shape), h, z, *(index.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+def _backward(
+    dout, x, h, z, index, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, row, position, offset, tile,
+    act, alpha, limit, up_offset, gated, interleaved, needs,
+):  # fmt: skip
+    gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
+    needs_x, needs_weight, *needs_adapters = needs
+    x, up, down, dout = _rows(x), _dense(up), _dense(down), dout.contiguous()
+    (T, K), E = index.shape, up.shape[0]
+    likes = (x, weight, up_a, up_b, down_a, down_b)
+    if T == 0:
+        return tuple(
+            torch.zeros_like(like, memory_format=torch.contiguous_format) if need else dout.new_empty(0)
+            for like, need in zip(likes, needs, strict=True)
+        )
+    none = dout.new_empty(0)
+    dx = dup_a = dup_b = ddown_a = ddown_b = none
+    plan = Plan.of(x.device, x.dtype, T * K // E)
+    routing = Routing(row, position, offset, tile, plan.down.m)
+    dout_rows = spread(dout, routing, K)
+    # Each gradient of an input is an adapted linear of its own, with both factors swapped and turned.
+    down_pair = (None, None) if down_a is None else (down_b.transpose(1, 2), down_a.transpose(1, 2))
+    da, dz = _linear(dout_rows, down.transpose(1, 2), *down_pair, routing, plan.down)
+    dh, wa, dweight = gating_gradient(
+        h, da, weight, routing, gating, index_TK=index, dout_TD=dout, bias_ED=down_bias, store_a=down_a is not None
+    )
+    if down_a is not None:
+        # wa carries the routing weight, so neither dz nor dout needs it.
+        ddown_a = _low_rank_gradient(wa, dz, routing).transpose(1, 2).contiguous()
+        ddown_b = _low_rank_gradient(dout_rows, _low_rank(wa, down_a, routing), routing)
+    del dout_rows, da, wa
+    if needs_x or up_a is not None:
+        up_pair = (None, None) if up_a is None else (up_b.transpose(1, 2), up_a.transpose(1, 2))
+        if needs_x:
+            dx_rows, dz = _linear(dh, up.transpose(1, 2), *up_pair, routing, plan.down)
+            dx = combine(dx_rows, None, routing, K)
+            del dx_rows
+        else:
+            dz = _low_rank(dh, up_pair[0], routing)
+    if up_a is not None:
+        dup_a = _low_rank_gradient(x, dz, routing, K).transpose(1, 2).contiguous()
+        dup_b = _low_rank_gradient(dh, z, routing)
+    found = (dup_a, dup_b, ddown_a, ddown_b)
+    adapters = (g if need else none.clone() for g, need in zip(found, needs_adapters, strict=True))
+    return dx if needs_x else none.clone(), dweight if needs_weight else none.clone(), *adapters
+
+
+def _backward_fake(
+    dout, x, h, z, index, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, row, position, offset, tile,
+    act, alpha, limit, up_offset, gated, interleaved, needs,
+):  # fmt: skip
+    return tuple(
+        torch.empty_like(like, memory_format=torch.contiguous_format) if need else dout.new_empty(0)
+        for like, need in zip((x, weight, up_a, up_b, down_a, down_b), needs, strict=True)
+    )
+
+
+_DIFFERENTIABLE = (0, 2, 7, 8, 9, 10)
+
+
+def _setup(ctx, inputs, output):
+    ctx.gating = inputs[11:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:11], *output[1:])
+
+
+def _autograd(ctx, dout, *_):
+    gradients: list[Tensor | None] = [None] * 17
+    if dout is None:
+        return tuple(gradients)
+    x, *given = ctx.saved_tensors[:11]
+    h, z, *routing = ctx.saved_tensors[11:]
+    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    found = torch.ops.hf_moe.experts_lora_backward(dout, x, h, z, *given, *routing, *ctx.gating, needs)
+    for i, need, gradient in zip(_DIFFERENTIABLE, needs, found, strict=True):
+        gradients[i] = gradient if need else None
+    return tuple(gradients)
+
+
+torch.library.impl("hf_moe::experts_lora", "CompositeExplicitAutograd", lib=_library)(_forward)
+torch.library.impl("hf_moe::experts_lora_backward", "CompositeExplicitAutograd", lib=_library)(_backward)
+torch.library.register_fake("hf_moe::experts_lora", _forward_fake, lib=_library)
+torch.library.register_fake("hf_moe::experts_lora_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("hf_moe::experts_lora", _autograd, setup_context=_setup, lib=_library)
+
+
+def experts_lora(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    up_bias_EH: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+    *,
+    up_lora: tuple[Tensor, Tensor] | None = None,
+    down_lora: tuple[Tensor, Tensor] | None = None,
+    gating: Gating = Gating(),  # noqa: B008 a NamedTuple is immutable
+) -> Tensor:
+    """`experts` with frozen weights and biases, and low-rank adapters on either projection.
+
+        out[t] = Σ_k weight[t, k] · (down[e] @ a + down_b[e] @ (down_a[e] @ a) + down_bias[e])
+        a = gate(up[e] @ x[t] + up_b[e] @ (up_a[e] @ x[t]) + up_bias[e])      e = index[t, k]
+
+    Args:
+        up_lora, down_lora: (a_ERI, b_EOR) in x's dtype, b scaled already; None for a projection without one. Several
+            adapters are one of their summed rank. The rest is as for `experts`.
+    Returns:
+        out_TD in x's dtype; every product is accumulated in fp32.
+    Gradients: x, routing weights, a and b; exactly zero for an expert without rows. None for weights and biases.
+    Kept for backward: x, h (N·H), up_a @ x (N·R), index, weight, and some 9·N bytes of row numbers.
+    Cost: 4·N·D·(H + F) FLOPs forward and backward together, where training the weights costs 6, and 6·R for each row
+        and each column of both sides of both projections.
+    Source: LoRA, arXiv:2106.09685; a grouped product for each factor, as in arXiv:2403.08245.
+    """
+    out, *_ = torch.ops.hf_moe.experts_lora(
+        x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED,
+        *(up_lora or (None, None)), *(down_lora or (None, None)), *gating,
+    )  # fmt: skip
+    return out
