@@ -371,10 +371,11 @@ class HfMoeAttention(nn.Module):
 
         kernel = self.latent_function(query, dropout)
         if kernel is not None:
-            q_latent = q_nope @ w_uk_HNC if self.qk_nope_head_dim else None
+            # A broadcast product would copy the weight for each sequence.
+            q_latent = torch.einsum("bhsn,hnc->bhsc", q_nope, w_uk_HNC) if self.qk_nope_head_dim else None
             options = self.score_options()
             out, _ = kernel(self, q_rot, k_rot, latent, attention_mask, self.scaling, q_latent=q_latent, **options)
-            return (out @ w_uv_HVC.transpose(1, 2)).transpose(1, 2), None
+            return torch.einsum("bhsc,hvc->bshv", out, w_uv_HVC), None
 
         k_rot = self.split_groups(k_rot)
         q_rot = q_rot.reshape(batch_size, k_rot.shape[1], -1, self.qk_rope_head_dim)
