@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
 from .combine import combine, spread
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .gating import Gating, act_and_slope, gate_forward, gating_gradient
@@ -308,7 +307,7 @@ def _backward(
     dout_rows = spread(dout, routing, K)
     # Each gradient of an input is an adapted linear of its own, with both factors swapped and turned.
     down_pair = (None, None) if down_a is None else (down_b.transpose(1, 2), down_a.transpose(1, 2))
-    da, dz = _linear(dout_rows, down.transpose(1, 2), *down_pair, routing, plan.down)
+    da, dz = _linear(dout_rows, down.transpose(1, 2), down_pair[0], down_pair[1], routing, plan.down)
     dh, wa, dweight = gating_gradient(
         h, da, weight, routing, gating, index_TK=index, dout_TD=dout, bias_ED=down_bias, store_a=down_a is not None
     )
@@ -320,10 +319,11 @@ def _backward(
     if needs_x or up_a is not None:
         up_pair = (None, None) if up_a is None else (up_b.transpose(1, 2), up_a.transpose(1, 2))
         if needs_x:
-            dx_rows, dz = _linear(dh, up.transpose(1, 2), *up_pair, routing, plan.down)
+            dx_rows, dz = _linear(dh, up.transpose(1, 2), up_pair[0], up_pair[1], routing, plan.down)
             dx = combine(dx_rows, None, routing, K)
             del dx_rows
         else:
+            assert up_pair[0] is not None
             dz = _low_rank(dh, up_pair[0], routing)
     if up_a is not None:
         dup_a = _low_rank_gradient(x, dz, routing, K).transpose(1, 2).contiguous()
