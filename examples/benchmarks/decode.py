@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--prefill", nargs="*", default=["4x4096"])
     parser.add_argument("--implementations", nargs="*", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS[:2]))
     parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--commit", help="of the code that runs; what git says where it is left out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
 
@@ -234,7 +235,8 @@ def main() -> None:
     known = {"h100", "h200", "a100", "cpu"} & set(gpu.lower().replace("-", " ").split())
     label = known.pop() if known else gpu.lower().replace(" ", "-")
     path = arguments.out / f"decode-{label}.json"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = arguments.commit or head
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     result = {"device": gpu, "versions": versions, "commit": commit, "size": arguments.size, "rows": []}
     for row in rows(arguments, models, device):
