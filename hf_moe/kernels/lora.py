@@ -357,8 +357,10 @@ def _autograd(ctx, dout, *_):
     gradients: list[Tensor | None] = [None] * 17
     if dout is None:
         return tuple(gradients)
-    x, *given = ctx.saved_tensors[:11]
-    h, z, *routing = ctx.saved_tensors[11:]
+    # Unpacked once: a checkpointed layer computes them again at the first look, and refuses a second one.
+    saved = ctx.saved_tensors
+    x, *given = saved[:11]
+    h, z, *routing = saved[11:]
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
     found = torch.ops.hf_moe.experts_lora_backward(dout, x, h, z, *given, *routing, *ctx.gating, needs)
     for i, need, gradient in zip(_DIFFERENTIABLE, needs, found, strict=True):
