@@ -18,6 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
+import peft
 import torch
 from experts import SHAPES, Case, commit, versions
 from peft import LoraConfig, get_peft_model
@@ -193,7 +194,11 @@ def main() -> None:
     began = time.monotonic()
     name = torch.cuda.get_device_name().lower()
     gpu = next((word for word in name.replace("-", " ").split() if word[0] in "abh" and word[1:].isdigit()), name)
-    head = {"device": torch.cuda.get_device_name(), "versions": versions(), "commit": args.commit or commit()}
+    head = {
+        "device": torch.cuda.get_device_name(),
+        "versions": versions() | {"peft": peft.__version__},
+        "commit": args.commit or commit(),
+    }
     print(head, flush=True)
     folder = args.out or Path(__file__).parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
