@@ -3,22 +3,21 @@
     python examples/benchmarks/decode.py --size v2-lite --cases 1x1024 1x65536 16x8192 64x4096
 
 Both models are checked against each other before anything is timed. A case BATCHxCONTEXT begins with a cache of random
-latents; its time a step is that of a long call of `generate` less that of a short one. Results go to
-examples/benchmarks/results/decode-<gpu>.json.
+latents; its time a step is that of a long call of `generate` less that of a short one, and `first_call_s` that of the
+first call of the case. Results go to examples/benchmarks/results/decode-<gpu>.json.
 
 Letters: B batch, L cached tokens, C latent width, P rotary width, E experts, K experts a token.
 """
 
 import argparse
-import importlib.metadata
 import json
-import subprocess
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from experts import commit, versions
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, StaticCache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
@@ -64,7 +63,7 @@ COMMON = {
     "eos_token_id": None,
 }
 IMPLEMENTATIONS = ("hf_moe", "transformers-dynamic", "transformers-static")
-BYTES_PER_S = {"cuda": 3.0e12, "cpu": 20e9}  # read, of one H100; the CPU's is nominal
+BYTES_PER_S = {"h100": 3.0e12, "h200": 4.26e12}  # of a large copy, read and written; elsewhere there is no floor
 
 
 def build(size: str, device: str, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
@@ -187,7 +186,7 @@ def prefill(model, batch: int, length: int, device: str) -> dict:
     return {"ms_per_step": ms, "tokens_per_s": 1000 * batch * length / ms, "first_call_s": times[0]}
 
 
-def rows(arguments, models: dict, device: str) -> Iterator[dict]:
+def rows(arguments, models: dict, device: str, label: str) -> Iterator[dict]:
     cases = [tuple(int(n) for n in case.split("x")) for case in arguments.cases]
     prompts = [tuple(int(n) for n in case.split("x")) for case in arguments.prefill]
     for name in arguments.implementations:
@@ -202,7 +201,8 @@ def rows(arguments, models: dict, device: str) -> Iterator[dict]:
                     row = measure(name, model, batch, context, arguments.steps, device)
                     needed = floor_bytes(model, batch, context)
                     row["gb_per_s"] = needed / row["ms_per_step"] / 1e6
-                    row["floor_ms"] = needed / BYTES_PER_S[device] * 1000
+                    if label in BYTES_PER_S:
+                        row["floor_ms"] = needed / BYTES_PER_S[label] * 1000
             except (RuntimeError, torch.OutOfMemoryError):
                 traceback.print_exc()
                 continue
@@ -235,11 +235,11 @@ def main() -> None:
     known = {"h100", "h200", "a100", "cpu"} & set(gpu.lower().replace("-", " ").split())
     label = known.pop() if known else gpu.lower().replace(" ", "-")
     path = arguments.out / f"decode-{label}.json"
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    commit = arguments.commit or head
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    result = {"device": gpu, "versions": versions, "commit": commit, "size": arguments.size, "rows": []}
-    for row in rows(arguments, models, device):
+    result = {"device": gpu, "versions": versions(), "commit": arguments.commit or commit(), "size": arguments.size}
+    if device == "cpu":
+        result["threads"] = torch.get_num_threads()
+    result["rows"] = []
+    for row in rows(arguments, models, device, label):
         result["rows"].append(row)
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ from .tuning import Tile
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -52,7 +53,7 @@ def programs(tile: Tile, work: int, device: torch.device) -> int:
     """Programs to launch for `work` tiles: one each, or a fixed number that loops over them."""
     if not tile.per_sm:
         return work
-    return max(1, min(work, tile.per_sm * _processors(device)))
+    return max(1, min(work, tile.per_sm * processors(device)))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

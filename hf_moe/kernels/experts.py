@@ -180,6 +180,11 @@ def latent_attention(
     return latent_decode(q_latent, query, value, key, scaling=scaling, **options), None
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether Transformers can switch this module's implementation: fused experts."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm")
+
+
 def register() -> None:
     """Make "hf_moe_triton" (experts) and "hf_moe_latent" (attention) known to Transformers, whose own entries stay."""
     hf_moe_integration.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
@@ -199,9 +204,7 @@ def accelerate(model: Model, *, recompute: bool = False) -> Model:
         ValueError: the model has no experts that Transformers can switch.
     """
     register()
-    experts: list[Any] = [
-        m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_post_expert_norm")
-    ]
+    experts: list[Any] = [m for m in model.modules() if is_experts(m)]
     hosts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     if not experts or not hosts:
         raise ValueError(

@@ -209,3 +209,52 @@ def gating_gradient(
         num_warps=4,
     )
     return dh_NH, da_NF if store_a else None, dweight_TK
+
+
+@triton.jit
+def _apply_gate_kernel(
+    h_ptr,
+    a_ptr,
+    total,
+    F,
+    alpha,
+    limit,
+    up_offset,
+    ACT: tl.constexpr,
+    CLIP: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, f = at // F, at % F
+    mask = at < total
+    if GATED:
+        gate_at = row * (2 * F) + f * (2 if INTERLEAVED else 1)
+        gate = tl.load(h_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + gate_at + (1 if INTERLEAVED else F), mask=mask, other=0.0).to(tl.float32)
+        a = gate_forward(gate, up, alpha, limit, up_offset, ACT, CLIP)
+    else:
+        a, _ = act_and_slope(tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32), alpha, ACT)
+    tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
+
+
+def apply_gate(h_NH: torch.Tensor, gating: Gating) -> torch.Tensor:
+    """a = gate(h), row by row, as the fused projection would have stored it. Reads h, writes a."""
+    N, F = h_NH.shape[0], h_NH.shape[1] // gating.fan
+    a_NF = h_NH.new_empty((N, F))
+    _apply_gate_kernel[(cdiv(N * F, 2048),)](
+        h_NH,
+        a_NF,
+        N * F,
+        F,
+        gating.alpha,
+        gating.limit if gating.limit is not None else 0.0,
+        gating.up_offset,
+        ACT=gating.act,
+        CLIP=gating.limit is not None,
+        GATED=gating.gated,
+        INTERLEAVED=gating.gated and gating.interleaved,
+        BLOCK=2048,
+    )
+    return a_NF

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .descriptors import dot_precision, processors
 from .tuning import cdiv, power_of_2
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -69,9 +72,9 @@ def _attend_kernel(
         score *= scale
         if CAPPED:
             score = cap * (2.0 * tl.sigmoid(2.0 * score / cap) - 1.0)
-        score *= 1.4426950408889634
+        score *= LOG2_E
         if MASK == "additive":
-            score += tl.load(mask_ptr + where + at * mask_l, mask=seen, other=0.0).to(tl.float32) * 1.4426950408889634
+            score += tl.load(mask_ptr + where + at * mask_l, mask=seen, other=0.0).to(tl.float32) * LOG2_E
         score = tl.where(seen, score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         # A row that has seen nothing yet keeps -inf, and -inf - -inf must not become NaN.
@@ -99,7 +102,7 @@ def _join_kernel(
     log = tl.load(log_ptr + row * SPLITS + n, mask=n < SPLITS, other=float("-inf"))
     top = tl.max(log, 0)
     if HAS_SINK:
-        sink = tl.load(sink_ptr + (row // S) % H).to(tl.float32) * 1.4426950408889634
+        sink = tl.load(sink_ptr + (row // S) % H).to(tl.float32) * LOG2_E
         top = tl.maximum(top, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp2(log - base)
@@ -114,7 +117,7 @@ def _join_kernel(
 @torch.library.custom_op("hf_moe::latent_decode", mutates_args=())
 def _latent_decode(
     q_latent: Tensor | None, q_rot: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None, sinks: Tensor | None,
-    scaling: float, softcap: float, causal: bool,
+    scaling: float, softcap: float,
 ) -> Tensor:  # fmt: skip
     B, H, S, P = q_rot.shape
     _, _, L, C = latent.shape
@@ -136,15 +139,13 @@ def _latent_decode(
         kind = "boolean" if mask.dtype == torch.bool else "additive"
         mask = mask.expand(B, mask.shape[1], S, L)
         strides = (mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0, mask.stride(2), mask.stride(3))
-    fp32 = latent.dtype == torch.float32
-    precision = "tf32" if fp32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
     _attend_kernel[(splits, row_blocks, B * G)](
         q_rot if q_latent is None else q_latent.contiguous(), q_rot.contiguous(), latent, k_rot,
         q_rot if mask is None else mask, part, log,
         latent.stride(0), latent.stride(2), k_rot.stride(0), k_rot.stride(2), *strides,
         R, S, L, scaling, softcap,
         G, C, P, splits,
-        q_latent is not None, kind, causal and mask is None and S > 1, softcap > 0, precision,
+        q_latent is not None, kind, mask is None and S > 1, softcap > 0, dot_precision(latent.dtype),
         block_r, block_l, block_c, block_p,
         num_warps=8 if block_r > 16 else 4, num_stages=2 if block_r <= 16 else 1,
     )  # fmt: skip
@@ -157,14 +158,13 @@ def _latent_decode(
 
 
 @_latent_decode.register_fake
-def _latent_decode_fake(q_latent, q_rot, latent, k_rot, mask, sinks, scaling, softcap, causal):
+def _latent_decode_fake(q_latent, q_rot, latent, k_rot, mask, sinks, scaling, softcap):
     return q_rot.new_empty((*q_rot.shape[:3], latent.shape[-1]))
 
 
 def _splits(tiles: int, programs: int, device: torch.device) -> int:
     """Parts of the context, so that two waves of programs fill the GPU; a power of 2, for few compiled variants."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = max(1, 2 * processors // programs)
+    wanted = max(1, 2 * processors(device) // programs)
     return min(power_of_2(wanted + 1) // 2, power_of_2(tiles), 64)
 
 
@@ -200,5 +200,5 @@ def latent_decode(
     Source: absorption, arXiv:2405.04434; split over the context as in Flash-Decoding (crfm.stanford.edu/2023/10/12).
     """
     return _latent_decode(
-        q_latent_BHSC, q_rot_BHSP, latent_B1LC, k_rot_B1LX, attention_mask, sinks_H, scaling, softcap or 0.0, True
+        q_latent_BHSC, q_rot_BHSP, latent_B1LC, k_rot_B1LX, attention_mask, sinks_H, scaling, softcap or 0.0
     )

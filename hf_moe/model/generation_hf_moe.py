@@ -19,13 +19,14 @@ SHARE_OF_FREE_MEMORY = 0.5
 
 def is_static(cache: Any) -> bool:
     """Whether every layer keeps its slots at one address and its length in a tensor, so that replays can write both."""
-    layers = getattr(cache, "layers", None)
-    return isinstance(cache, Cache) and bool(layers) and all(type(layer) is StaticLayer for layer in layers)
+    return isinstance(cache, Cache) and bool(cache.layers) and all(type(layer) is StaticLayer for layer in cache.layers)
 
 
 def is_unfilled(cache: Any, layer: int = 0) -> bool:
-    """Whether a static cache has seen no token yet."""
-    return is_static(cache) and not cache.layers[layer].is_initialized
+    """Whether this layer of a cache is static and has seen no token yet."""
+    if not isinstance(cache, Cache) or layer >= len(cache.layers):
+        return False
+    return type(cache.layers[layer]) is StaticLayer and not cache.layers[layer].is_initialized
 
 
 class CapturedStep:
@@ -87,8 +88,8 @@ def capture_cuda_graph(call: Callable[[], Any]) -> tuple[Callable[[], None], Any
 class CapturedGeneration:
     """`generate` whose greedy and sampling decode steps are replayed on a GPU, with nothing asked for.
 
-    `cache_implementation`, a cache of one's own, `disable_compile=True` or a `compile_config` choose otherwise, as
-    everywhere in Transformers.
+    A static cache of the caller's is replayed too. `cache_implementation="dynamic"`, `disable_compile=True` or a
+    `compile_config` choose otherwise, as everywhere in Transformers.
     """
 
     def _prepare_cache_for_generation(
@@ -134,9 +135,14 @@ class CapturedGeneration:
         return needed < SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(self.device)[0]
 
     def get_compiled_call(self: Any, compile_config: Any) -> Callable:
-        """A replayed graph in place of a compiled one, unless a `compile_config` asks for that."""
+        """A replayed graph in place of a compiled one, unless a `compile_config` asks for that.
+
+        The loop over experts asks the host which of them have tokens, so that it cannot be captured: it runs as it is.
+        """
         if compile_config is not None or self.device.type != "cuda" or torch.distributed.is_initialized():
             return super().get_compiled_call(compile_config)  # type: ignore[misc]
+        if self.config._experts_implementation == "eager":
+            return self.__call__
         return CapturedStep(self, capture_cuda_graph)
 
     @staticmethod

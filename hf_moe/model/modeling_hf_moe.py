@@ -31,11 +31,12 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm, HfMoeRotaryEmbedding
+from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm
 from .configuration_hf_moe import HfMoeConfig
 from .generation_hf_moe import CapturedGeneration
 from .paging_hf_moe import sized_for_latents
 from .parallel_hf_moe import register_parallel_styles
+from .rotary_hf_moe import HfMoeRotaryEmbedding
 from .routing_hf_moe import HfMoeTopkRouter, auxiliary_loss
 
 # On disk experts are separate (`experts.3.gate_proj.weight`), as every engine reads them; in memory they are fused.

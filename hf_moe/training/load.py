@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_moe.kernels.experts import is_experts
+
 
 class ExpertLoad:
     """Counts of routed rows by sparse layer and expert.
@@ -61,11 +63,7 @@ def experts_of(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm")
-    }
+    found = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts whose routing could be counted")
     return found

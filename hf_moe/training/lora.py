@@ -15,7 +15,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import nn
 
 from hf_moe.kernels.adapters import Adapter, adapted_experts_forward
-from hf_moe.kernels.experts import NAME
+from hf_moe.kernels.experts import NAME, is_experts
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -88,13 +88,9 @@ def _implementation(module: Any) -> str | None:
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm")
-
-
 def _computes(module: Any) -> bool:
     return (
-        _is_experts(module)
+        is_experts(module)
         and _implementation(module) == NAME
         and not module.has_post_expert_norm
         and not any(parameter.requires_grad for parameter in module.parameters())
@@ -113,7 +109,7 @@ def use_grouped_lora(model: Model) -> Model:
     wrappers = [
         module
         for module in model.modules()
-        if isinstance(module, peft_layer.ParamWrapper) and _is_experts(module.get_base_layer())
+        if isinstance(module, peft_layer.ParamWrapper) and is_experts(module.get_base_layer())
     ]
     if not wrappers:
         raise ValueError(f"{type(model).__name__} has no LoRA on experts: 0 modules with adapted expert parameters")
@@ -144,7 +140,7 @@ def lora_config(preset: str, *, model: nn.Module, **options: Any) -> LoraConfig:
                 attention.add(where)
             elif not re.search(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)", where):
                 other.add(where)
-        elif _is_experts(module):
+        elif is_experts(module):
             expert_types.add(type(module))
             parameters |= {f"{where}.{key}" for key in ("gate_up_proj", "up_proj", "down_proj") if hasattr(module, key)}
     wanted = {

@@ -5,7 +5,8 @@ import torch
 from tiny import TINY, random_ids, tiny_config, tiny_model
 from transformers import DynamicCache, StaticCache
 
-from hf_moe.model.attention_hf_moe import HfMoeAttention, HfMoeRotaryEmbedding
+from hf_moe.model.attention_hf_moe import HfMoeAttention
+from hf_moe.model.rotary_hf_moe import HfMoeRotaryEmbedding
 
 
 def attention_inputs(variant: str, query_length: int, seen: int, **changes):

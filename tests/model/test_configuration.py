@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_moe import HfMoeConfig, HfMoeModel
-from hf_moe.model.attention_hf_moe import HfMoeRotaryEmbedding
+from hf_moe.model.rotary_hf_moe import HfMoeRotaryEmbedding
 
 ROPES = {
     "default": {},
