@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto
 
 from .kernels.experts import accelerate
 from .kernels.experts import register as register_experts
+from .kernels.inference import register as register_inference
 from .model import (
     HfMoeConfig,
     HfMoeForCausalLM,
@@ -56,6 +57,7 @@ def _register() -> None:
 
 _register()
 register_experts()
+register_inference()
 
 __all__ = [
     "HfMoeConfig",

@@ -153,3 +153,41 @@ def latent_decode(q_latent, q_rot, latent, k_rot, *, scaling, attention_mask=Non
     if sinks_H is not None:
         score = torch.cat((score, sinks_H.to(score.dtype).view(1, H, 1, 1).expand(*score.shape[:3], 1)), dim=-1)
     return score.softmax(-1).nan_to_num()[..., :L] @ latent
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight_D * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
+    """x (B, heads, S, P) by angles whose cos and sin are (B or 1, S, P)."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
+    a, b = (x[..., ::2], x[..., 1::2]) if interleave else x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def latent_entry(query_BSX, latent_key_BSY, cos, sin, *, heads, nope, latent_width, norm_C, eps, interleave):
+    """Without a cache."""
+    query = query_BSX.unflatten(-1, (heads, -1)).transpose(1, 2)
+    query = torch.cat((query[..., :nope], rotate(query[..., nope:], cos, sin, interleave)), dim=-1)
+    latent, key = latent_key_BSY.tensor_split([latent_width], dim=-1)
+    if norm_C is not None:
+        latent = rms_norm(latent, norm_C, eps)
+    key = rotate(key.unflatten(-1, (-1, query.shape[-1] - nope)).transpose(1, 2), cos, sin, interleave)
+    return query, latent[:, None], key.transpose(1, 2).flatten(2)[:, None]
+
+
+def expert_choice(x_TD, weight_ED, bias_E, *, top_k, sigmoid, groups=1, top_groups=1, normalise, factor):
+    logits_TE = x_TD @ weight_ED.T
+    scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
+    choice_TGX = (scores_TE if bias_E is None else scores_TE + bias_E).unflatten(-1, (groups, -1))
+    best = choice_TGX.topk(1 if bias_E is None or groups == 1 else 2, -1).values.sum(-1).topk(top_groups, -1).indices
+    allowed_TG = torch.zeros_like(choice_TGX[..., 0], dtype=torch.bool).scatter(1, best, True)
+    choice_TE = choice_TGX.masked_fill(~allowed_TG[..., None], -torch.inf).flatten(1)
+    index_TK = choice_TE.topk(top_k, -1).indices
+    weight_TK = scores_TE.gather(1, index_TK)
+    if normalise:
+        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+    return logits_TE, weight_TK * factor, index_TK

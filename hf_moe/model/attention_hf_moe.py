@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_hf_moe import HfMoeConfig
-from .generation_hf_moe import is_unfilled
+from .fused_hf_moe import fused
+from .generation_hf_moe import is_filled, is_unfilled
 from .paging_hf_moe import half_width, update_paged
 from .rotary_hf_moe import apply_rotary_pos_emb, rope_parameters_of
 
@@ -32,9 +33,21 @@ class HfMoeRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if kernel := self._kernel("rms_norm", hidden_states):
+            return kernel(hidden_states, self.weight, self.variance_epsilon)
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x.to(hidden_states.dtype)
+
+    def after_adding(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the two, and its norm."""
+        if kernel := self._kernel("add_rms_norm", hidden_states):
+            return kernel(hidden_states, branch, self.weight, self.variance_epsilon)
+        total = hidden_states + branch
+        return total, self(total)
+
+    def _kernel(self, name: str, hidden_states: torch.Tensor) -> Callable | None:
+        return fused(name, hidden_states, self.weight) if hidden_states.dtype == self.weight.dtype else None
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -131,6 +144,7 @@ class HfMoeAttention(nn.Module):
         self.scaling = softmax_scale(config, self.layer_type)
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.can_fuse = config.qk_norm is None
 
         query_width = config.num_attention_heads * self.qk_head_dim
         if config.q_lora_rank is None:
@@ -162,10 +176,12 @@ class HfMoeAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the attended hidden states (B, S, D) and, where the attention function has them, the weights."""
-        query = self.project_query(hidden_states, position_embeddings)
-        latent, k_rot = self.project_latent(hidden_states, position_embeddings)
+        layer = past_key_values.layers[self.layer_idx] if is_filled(past_key_values, self.layer_idx) else None
+        query, latent, k_rot = self.project(hidden_states, position_embeddings, layer)
         if (paged := kwargs.pop("cache", None)) is not None:
             latent, k_rot = update_paged(paged, latent, k_rot, self.layer_idx, half_width(self.config), kwargs)
+        elif layer is not None and latent is layer.keys:
+            layer.cumulative_length.add_(hidden_states.shape[1])
         elif is_unfilled(past_key_values, self.layer_idx):
             # A prompt attends to itself, not to all the slots of a static cache.
             past_key_values.update(latent, k_rot, self.layer_idx)
@@ -194,14 +210,43 @@ class HfMoeAttention(nn.Module):
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.o_proj(attn_output), attn_weights
 
-    def project_query(self, hidden_states: torch.Tensor, position_embeddings: tuple) -> torch.Tensor:
-        """Queries (B, H, S, N + P), the last P numbers of each rotated."""
+    def project(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple, layer: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, H, S, N + P), and what the cache keeps: latents (B, 1, S, C) and rotated keys (B, 1, S, G·P).
+
+        Args:
+            layer: a static cache's layer. Where a kernel writes latents and keys into it, its two tensors are returned.
+        """
         cos, sin = position_embeddings
         if self.config.q_lora_rank is None:
             query = self.q_proj(hidden_states)
         else:
             query = self.q_a_proj(hidden_states)
             query = self.q_b_proj(self.q_a_layernorm(query) if self.config.q_a_layernorm else query)
+        latent_key = self.kv_a_proj_with_mqa(hidden_states)
+        norm = self.kv_a_layernorm if self.config.kv_a_layernorm else None
+        weight = norm.weight if norm is not None else None
+        kernel = fused("latent_entry", query, latent_key, weight) if self.can_fuse else None
+        if kernel is None or query.dtype != latent_key.dtype or (weight is not None and weight.dtype != query.dtype):
+            query = self.rotated_query(query, cos, sin)
+            return query, *self.rotated_latent(latent_key, cos, sin)
+        return kernel(
+            query,
+            latent_key,
+            cos,
+            sin,
+            heads=query.shape[-1] // self.qk_head_dim,
+            nope=self.qk_nope_head_dim,
+            latent_width=self.kv_lora_rank,
+            norm_C=weight,
+            eps=norm.variance_epsilon if norm is not None else 0.0,
+            interleave=self.config.rope_interleave,
+            cache=(layer.keys, layer.values, layer.cumulative_length) if layer is not None else None,
+        )
+
+    def rotated_query(self, query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Queries (B, H, S, N + P), the last P numbers of each rotated, of projected ones (B, S, H·(N + P))."""
         if self.config.qk_norm == "projection":
             query = self.q_norm(query)
         query = query.unflatten(-1, (-1, self.qk_head_dim))
@@ -211,12 +256,11 @@ class HfMoeAttention(nn.Module):
         q_rot = apply_rotary_pos_emb(q_rot, cos, sin, self.config.rope_interleave)
         return torch.cat((q_nope, q_rot), dim=-1) if self.qk_nope_head_dim else q_rot
 
-    def project_latent(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple
+    def rotated_latent(
+        self, latent_key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the cache keeps: latents (B, 1, S, C) and rotated keys (B, 1, S, G·P)."""
-        cos, sin = position_embeddings
-        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).tensor_split([self.kv_lora_rank], dim=-1)
+        """Latents (B, 1, S, C) and rotated keys (B, 1, S, G·P) of projected ones (B, S, C + G·P)."""
+        latent, k_rot = latent_key.tensor_split([self.kv_lora_rank], dim=-1)
         if self.config.kv_a_layernorm:
             latent = self.kv_a_layernorm(latent)
         if self.config.qk_norm == "projection":

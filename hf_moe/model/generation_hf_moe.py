@@ -1,6 +1,7 @@
-"""`generate` without launch gaps: a static cache by default, and decode steps that replay one captured CUDA graph.
+"""`generate` without launch gaps: a static cache by default, decode steps that replay one captured CUDA graph, and a
+host that runs one step ahead of the GPU.
 
-Letters: B batch, S query length, L slots of the cache, V vocabulary.
+Letters: B batch, L slots of the cache, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from transformers import masking_utils
 from transformers.cache_utils import Cache, StaticLayer
-from transformers.generation import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 # A cache by default may take this share of the GPU memory that is free; a larger one grows as it fills instead.
@@ -24,65 +25,109 @@ def is_static(cache: Any) -> bool:
 
 def is_unfilled(cache: Any, layer: int = 0) -> bool:
     """Whether this layer of a cache is static and has seen no token yet."""
-    if not isinstance(cache, Cache) or layer >= len(cache.layers):
-        return False
-    return type(cache.layers[layer]) is StaticLayer and not cache.layers[layer].is_initialized
+    return _is_static_layer(cache, layer) and not cache.layers[layer].is_initialized
 
 
-class CapturedStep:
-    """model(**inputs) for one more token a sequence, as one replay of a CUDA graph.
+def is_filled(cache: Any, layer: int = 0) -> bool:
+    """Whether this layer of a cache is static and its slots exist."""
+    return _is_static_layer(cache, layer) and cache.layers[layer].is_initialized
 
-    The first call at new shapes runs as it is, which also warms up what is compiled lazily; the second is captured;
-    from then on inputs are copied to where the graph reads them. What cannot be captured runs as it is: several
-    queries, a cache that moves, outputs besides the logits.
 
-    The logits of a step are overwritten by the next one: `generate` copies them.
+def _is_static_layer(cache: Any, layer: int) -> bool:
+    return isinstance(cache, Cache) and layer < len(cache.layers) and type(cache.layers[layer]) is StaticLayer
+
+
+class DecodeStep:
+    """The logits (B, V) after one more token a sequence, as one replay of a CUDA graph.
+
+    The first call runs as it is, which also compiles what is compiled lazily; the second is captured; from then on the
+    tokens are copied to where the graph reads them. Positions and the slots that may be seen are kept on the device
+    and move on with each call. The logits of a call are overwritten by the next.
+
+    Args:
+        model: called as model(input_ids, attention_mask, position_ids, past_key_values, use_cache).
+        cache: static, and filled with the prompt.
+        attention_mask: (B, tokens seen), 0 for padding; None where there is none.
+        position: (B, 1), the last token's.
+        capture: records a call; `capture_cuda_graph`.
     Cost: one eager step and one capture for each call of `generate`; the graph's memory is that of one eager step.
     """
 
-    def __init__(self, model: nn.Module, capture: Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]):
-        self.model = model
-        self.capture = capture
-        self.key: tuple | None = None
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: Cache,
+        attention_mask: torch.Tensor | None,
+        position: torch.Tensor,
+        capture: Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]],
+    ):
+        self.model, self.cache, self.capture = model, cache, capture
+        self.position = position.clone()
+        slots = torch.arange(cache.get_max_length(), device=position.device)
+        self.visible = (slots < cache.get_seq_length()).repeat(position.shape[0], 1, 1, 1)
+        if attention_mask is not None:
+            self.visible[..., : attention_mask.shape[1]] &= attention_mask.bool()[:, None, None]
+        self.token: torch.Tensor | None = None
         self.replay: Callable[[], None] | None = None
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.outputs: Any = None
+        self.logits: torch.Tensor | None = None
 
-    def __call__(self, **inputs: Any) -> Any:
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        others = {name: value for name, value in inputs.items() if name not in tensors}
-        if not self.can_capture(tensors, others):
-            return self.model(**inputs)
-        key = (
-            tuple((name, value.shape, value.dtype) for name, value in sorted(tensors.items())),
-            tuple((name, id(value)) for name, value in sorted(others.items())),
-        )
-        if key != self.key:
-            self.key, self.replay = key, None
-            return self.model(**inputs)
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        if self.token is None:
+            self.token = token.unsqueeze(1).clone()
+            return self.run()
+        self.token.copy_(token.unsqueeze(1))
         if self.replay is None:
-            self.inputs = {name: value.clone() for name, value in tensors.items()}
-            self.replay, self.outputs = self.capture(lambda: self.model(**self.inputs, **others))
-        for name, value in tensors.items():
-            self.inputs[name].copy_(value)
+            self.replay, self.logits = self.capture(self.run)
         self.replay()
-        return self.outputs
+        assert self.logits is not None
+        return self.logits
 
-    @staticmethod
-    def can_capture(tensors: dict[str, torch.Tensor], others: dict[str, Any]) -> bool:
-        query = tensors.get("input_ids", tensors.get("inputs_embeds"))
-        if query is None or query.shape[1] != 1 or not is_static(others.get("past_key_values")):
-            return False
-        wanted = ("output_attentions", "output_hidden_states", "output_router_logits", "labels")
-        return not any(others.get(name) for name in wanted) and not isinstance(others.get("attention_mask"), dict)
+    def run(self) -> torch.Tensor:
+        self.position.add_(1)
+        self.visible.index_fill_(-1, self.cache.layers[0].get_seq_length().view(1), True)
+        outputs = self.model(
+            input_ids=self.token,
+            attention_mask={"full_attention": self.visible},
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return outputs.logits[:, -1]
 
 
-def capture_cuda_graph(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record what `call` launches, without running it. Returns what replays it, and where its results will be."""
+def capture_cuda_graph(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    """Record what `call` launches, without running it. Returns what replays it, and where its result will be."""
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        outputs = call()
-    return graph.replay, outputs
+        output = call()
+    return graph.replay, output
+
+
+class Report:
+    """What a step found, read by the host one step later, so that it never waits for the step that is under way.
+
+    Source: the idea of Transformers' `DeferredStopCheck`, which takes it for other devices.
+    """
+
+    def __init__(self, device: torch.device, batch_size: int):
+        pinned = device.type == "cuda"
+        self.finished = torch.zeros((), dtype=torch.bool, pin_memory=pinned)
+        self.tokens = torch.zeros(batch_size, dtype=torch.long, pin_memory=pinned)
+        self.written = torch.cuda.Event() if pinned else None
+
+    def write(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> None:
+        self.finished.copy_(unfinished.max() == 0, non_blocking=True)
+        self.tokens.copy_(tokens, non_blocking=True)
+        if self.written is not None:
+            self.written.record()
+
+    def read(self, streamer: Any) -> bool:
+        """Hand the tokens to the streamer; return whether every sequence had ended."""
+        if self.written is not None:
+            self.written.synchronize()
+        if streamer is not None:
+            streamer.put(self.tokens.clone())
+        return bool(self.finished)
 
 
 class CapturedGeneration:
@@ -135,15 +180,95 @@ class CapturedGeneration:
         return needed < SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(self.device)[0]
 
     def get_compiled_call(self: Any, compile_config: Any) -> Callable:
-        """A replayed graph in place of a compiled one, unless a `compile_config` asks for that.
-
-        The loop over experts asks the host which of them have tokens, so that it cannot be captured: it runs as it is.
-        """
-        if compile_config is not None or self.device.type != "cuda" or torch.distributed.is_initialized():
+        """What a `compile_config` asks for, and the call as it is without one: `_sample` captures what it can."""
+        if compile_config is not None:
             return super().get_compiled_call(compile_config)  # type: ignore[misc]
-        if self.config._experts_implementation == "eager":
-            return self.__call__
-        return CapturedStep(self, capture_cuda_graph)
+        return self.__call__
+
+    def _sample(
+        self: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """As Transformers' own loop, with its steps replayed and their ends read one step late.
+
+        A sequence that has ended costs one step more, which leaves no trace: the cache forgets it.
+        """
+        arguments = input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer
+        if synced_gpus or not self._can_capture(generation_config, model_kwargs):
+            return super()._sample(*arguments, **model_kwargs)  # type: ignore[misc]
+        cache = model_kwargs["past_key_values"]
+        outputs = self._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        step = self._decode_step(cache, model_kwargs, input_ids)
+        # A prompt's logits may be large, and are not wanted any more.
+        logits, outputs = outputs.logits[:, -1].clone(), None
+
+        reports = [Report(input_ids.device, input_ids.shape[0]) for _ in range(2)]
+        unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+        pad, can_end = generation_config._pad_token_tensor, any(hasattr(c, "eos_token_id") for c in stopping_criteria)
+        count, ended = 0, False
+        with self._optimize_model_for_decode():
+            while True:
+                scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
+                if generation_config.do_sample:
+                    token = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+                else:
+                    token = scores.argmax(dim=-1)
+                if can_end:
+                    token = token * unfinished + pad.to(token.device) * (1 - unfinished)
+                input_ids = torch.cat((input_ids, token.unsqueeze(1)), dim=1)
+                unfinished = unfinished & ~stopping_criteria(input_ids, None)
+                reports[count % 2].write(unfinished, token)
+                if count > 0:
+                    ended = reports[(count - 1) % 2].read(streamer)
+                full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
+                if ended or full:
+                    break
+                logits = step(token)
+                count += 1
+        if ended:
+            # The step that was under way when the last sequence ended.
+            input_ids = input_ids[:, :-1]
+            for layer in cache.layers:
+                layer.cumulative_length.sub_(1)
+        else:
+            reports[count % 2].read(streamer)
+        if streamer is not None:
+            streamer.end()
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+        return input_ids
+
+    def _can_capture(self: Any, generation_config: GenerationConfig, model_kwargs: dict) -> bool:
+        """The loop over experts asks the host which of them have tokens, so that it cannot be captured."""
+        if generation_config.compile_config is not None or torch.distributed.is_initialized():
+            return False
+        if not self._valid_auto_compile_criteria(model_kwargs, generation_config):
+            return False
+        if generation_config.is_assistant or not is_static(model_kwargs.get("past_key_values")):
+            return False
+        if self.config._experts_implementation == "eager" or self.config._attn_implementation != "sdpa":
+            return False
+        if generation_config.return_dict_in_generate:
+            names = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+            if any(getattr(generation_config, name) for name in names):
+                return False
+        if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
+            return False
+        mask = model_kwargs.get("attention_mask")
+        return mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)
+
+    def _decode_step(self: Any, cache: Cache, model_kwargs: dict, input_ids: torch.Tensor) -> DecodeStep:
+        mask, position = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        if position is None:
+            position = torch.as_tensor(cache.get_seq_length() - 1, device=input_ids.device).view(1, 1)
+        position = position[..., -1:].expand(input_ids.shape[0], 1)
+        return DecodeStep(self, cache, mask, position, capture_cuda_graph)
 
     @staticmethod
     def create_masks_for_generate(
@@ -154,26 +279,11 @@ class CapturedGeneration:
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Transformers', in fewer launches for one more token, and without a mask where none is needed in a prefill.
-
-        A prompt that fills a static cache attends to itself and not to the cache's slots: its mask has its own length.
-        """
+        """As Transformers', but a prompt that fills a static cache attends to itself: its mask has its own length."""
         if is_static(past_key_values) and set(config.layer_types) == {"full_attention"}:
             assert past_key_values is not None
             if is_unfilled(past_key_values):
                 past_key_values = None
-            elif inputs_embeds.shape[1] == 1 and config._attn_implementation == "sdpa":
-                return mask_of_one_token(past_key_values, attention_mask, inputs_embeds)
         return masking_utils.create_masks_for_generate(
             config, inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs
         )
-
-
-def mask_of_one_token(cache: Cache, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """(B, 1, 1, L) of booleans: the slots that are written, this token's included, and no padding."""
-    slots = cache.get_max_length()
-    seen = torch.arange(slots, device=inputs_embeds.device) <= cache.get_seq_length()
-    if attention_mask is None:
-        return seen.expand(inputs_embeds.shape[0], 1, 1, -1)
-    padded = nn.functional.pad(attention_mask.bool(), (0, slots - attention_mask.shape[1]))
-    return (padded & seen)[:, None, None]

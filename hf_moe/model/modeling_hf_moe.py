@@ -179,12 +179,13 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + (self.post_attention_layernorm(branch) if post else branch)
-
-        if self.norm_placement == "sandwich":
-            branch = self.pre_feedforward_layernorm(hidden_states)
+        if post:
+            branch = self.post_attention_layernorm(branch)
+        if pre:
+            norm = self.pre_feedforward_layernorm if post else self.post_attention_layernorm
+            hidden_states, branch = norm.after_adding(hidden_states, branch)
         else:
-            branch = self.post_attention_layernorm(hidden_states) if pre else hidden_states
+            hidden_states = branch = hidden_states + branch
         branch = self.mlp(branch)
         return hidden_states + (self.post_feedforward_layernorm(branch) if post else branch)
 

@@ -65,19 +65,20 @@ class LatentAttentionHeads:
         )
         columns = slice(groups.start * config.qk_rope_head_dim, groups.stop * config.qk_rope_head_dim)
         ranks = mesh.get_group()
-        project_query, project_latent = module.project_query, module.project_latent
+        rotated_query, rotated_latent = module.rotated_query, module.rotated_latent
 
         def query_of_rank(*args: Any) -> Any:
-            query = project_query(*args)
+            query = rotated_query(*args)
             if query.shape[1] == heads.stop - heads.start:
                 return query
             return _SumGradient.apply(query, ranks)[:, heads]
 
         def latent_of_rank(*args: Any) -> Any:
-            latent, k_rot = project_latent(*args)
+            latent, k_rot = rotated_latent(*args)
             return latent, _SumGradient.apply(k_rot, ranks)[..., columns]
 
-        module.project_query, module.project_latent = query_of_rank, latent_of_rank
+        module.rotated_query, module.rotated_latent = query_of_rank, latent_of_rank
+        module.can_fuse = False
         return _local_params().install_forward(module, mesh)
 
 

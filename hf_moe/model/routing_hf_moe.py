@@ -9,6 +9,7 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_hf_moe import HfMoeConfig
+from .fused_hf_moe import fused
 
 
 class HfMoeTopkRouter(nn.Module):
@@ -53,6 +54,21 @@ class HfMoeTopkRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits (T, E), weights (T, K) and indices (T, K) for hidden states (..., D)."""
         x_TD = hidden_states.reshape(-1, self.hidden_dim)
+        if (kernel := fused("expert_choice", x_TD, self.weight)) is not None:
+            has_bias = self.topk_method == "noaux_tc"
+            chosen = kernel(
+                x_TD,
+                self.weight,
+                self.e_score_correction_bias if has_bias else None,
+                top_k=self.top_k,
+                sigmoid=self.scoring_func == "sigmoid",
+                groups=1 if self.topk_method == "greedy" else self.n_group,
+                top_groups=self.topk_group,
+                normalise=self.norm_topk_prob,
+                factor=self.routed_scaling_factor,
+            )
+            if chosen is not None:
+                return chosen
         # Autocast would take the product down to half precision again.
         with maybe_autocast(x_TD.device.type, enabled=False):
             router_logits = F.linear(x_TD.float(), self.weight.float())

@@ -27,8 +27,7 @@ def attention_inputs(variant: str, query_length: int, seen: int, **changes):
 def formula(layer: HfMoeAttention, x: torch.Tensor, rope) -> torch.Tensor:
     """The class's docstring, one head and one query at a time."""
     config = layer.config
-    query = layer.project_query(x, rope)
-    latent, k_rot = layer.project_latent(x, rope)
+    query, latent, k_rot = layer.project(x, rope)
     n, p, v = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     w = layer.kv_b_proj.weight.view(config.num_attention_heads, n + v, -1)
     out = torch.zeros(x.shape[0], x.shape[1], config.num_attention_heads, v, dtype=x.dtype)
@@ -50,7 +49,7 @@ def formula(layer: HfMoeAttention, x: torch.Tensor, rope) -> torch.Tensor:
 @torch.no_grad()
 def test_expanded_form_is_the_formula(variant):
     layer, x, rope = attention_inputs(variant, query_length=7, seen=0)
-    assert not layer.absorption_pays(layer.project_query(x, rope), layer.project_latent(x, rope)[0], None)
+    assert not layer.absorption_pays(*layer.project(x, rope)[:2], None)
     torch.testing.assert_close(layer(x, rope, None)[0], formula(layer, x, rope), rtol=0, atol=1e-12)
 
 
@@ -58,8 +57,8 @@ def test_expanded_form_is_the_formula(variant):
 @pytest.mark.parametrize("query_length", [1, 3])
 def test_absorbed_form_is_the_formula(variant, query_length):
     layer, x, rope = attention_inputs(variant, query_length, seen=29)
-    query = layer.project_query(x, rope)[:, :, -query_length:]
-    latent, k_rot = layer.project_latent(x, rope)
+    query, latent, k_rot = layer.project(x, rope)
+    query = query[:, :, -query_length:]
     mask = torch.ones(query_length, latent.shape[2], dtype=torch.bool).tril(29)[None, None]
     assert layer.absorption_pays(query, latent, mask)
     out, _ = layer.absorbed_attention(query, latent, k_rot, mask, 0.0)
@@ -70,7 +69,8 @@ def test_absorbed_form_is_the_formula(variant, query_length):
 @torch.no_grad()
 def test_absorption_leaves_wrapped_projections_alone():
     layer, x, rope = attention_inputs("deepseek_v3", query_length=1, seen=29)
-    query, latent = layer.project_query(x, rope)[:, :, -1:], layer.project_latent(x, rope)[0]
+    query, latent, _ = layer.project(x, rope)
+    query = query[:, :, -1:]
     assert layer.absorption_pays(query, latent, None)
     layer.kv_b_proj = torch.nn.Sequential(layer.kv_b_proj)
     assert not layer.absorption_pays(query, latent, None)

@@ -1,56 +1,68 @@
-"""`generate` through captured steps; in place of a CUDA graph stands one that runs the recorded call again."""
+"""`generate` by replayed steps, on a CPU; in place of a CUDA graph stands a call that is run again."""
 
 import pytest
 import torch
 from tiny import VARIANTS, random_ids, tiny_model
 from transformers import StaticCache
-from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.generation.streamers import BaseStreamer
 
-from hf_moe.model.generation_hf_moe import CapturedStep, mask_of_one_token
+from hf_moe.model import generation_hf_moe
 
 
 class Recorder:
-    """Takes the place of a CUDA graph."""
+    """Takes the place of a CUDA graph: its logits stand at one address and are overwritten by each replay."""
 
     def __init__(self):
         self.captures = self.replays = 0
 
     def __call__(self, call):
         self.captures += 1
-        outputs = MoeCausalLMOutputWithPast()
+        logits = torch.empty(0)
 
         def replay():
             self.replays += 1
-            for name, value in call().items():
-                setattr(outputs, name, value)
+            new = call()
+            logits.resize_(new.shape).copy_(new)
 
-        return replay, outputs
+        return replay, logits
+
+
+class Heard(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens.append(value.view(-1).tolist())
+
+    def end(self):
+        self.ended = True
 
 
 @pytest.fixture
 def recorder(monkeypatch):
     recorder = Recorder()
+    monkeypatch.setattr(generation_hf_moe, "capture_cuda_graph", recorder)
 
     def use(model):
         monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *_: True)
-        monkeypatch.setattr(model, "get_compiled_call", lambda _: CapturedStep(model, recorder))
         return recorder
 
     return use
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("padding", [0, 3])
-def test_captured_steps_give_the_same_tokens(name, padding, recorder):
-    model = tiny_model(name).eval()
-    ids = random_ids(2, 9)
+def options(ids, padding=0, **more):
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    expected = model.generate(ids, **options)
+    return {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None} | more
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_replayed_steps_give_the_same_tokens(name, padding, recorder):
+    model, ids = tiny_model(name).eval(), random_ids(2, 9)
+    expected = model.generate(ids, **options(ids, padding))
     used = recorder(model)
-    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options(ids, padding)), expected)
     if set(model.config.layer_types) == {"full_attention"}:
         # Of seven steps after the prompt's the first runs as it is, and one capture serves the others.
         assert (used.captures, used.replays) == (1, 6)
@@ -58,25 +70,61 @@ def test_captured_steps_give_the_same_tokens(name, padding, recorder):
         assert used.captures == 0
 
 
+def test_sampling_with_processors_draws_the_same_tokens(recorder):
+    model, ids = tiny_model(next(iter(VARIANTS))).eval(), random_ids(2, 9)
+    more = {"do_sample": True, "temperature": 0.8, "top_k": 20, "repetition_penalty": 1.3}
+    torch.manual_seed(1)
+    expected = model.generate(ids, **options(ids, **more))
+    recorder(model)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options(ids, **more)), expected)
+
+
+@pytest.mark.parametrize(("end_of_first", "end_of_second"), [(2, 4), (4, 4), (0, 0), (6, 7)])
+def test_ends_are_seen_one_step_late_and_leave_no_trace(end_of_first, end_of_second, recorder):
+    model, ids = tiny_model(next(iter(VARIANTS))).eval(), random_ids(2, 9)
+    free = model.generate(ids, **options(ids))
+    ends = [int(free[0, 9 + end_of_first]), int(free[1, 9 + end_of_second])]
+    choices = options(ids, eos_token_id=ends, pad_token_id=0, return_dict_in_generate=True)
+    expected = model.generate(ids, **choices)
+    recorder(model)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    out = model.generate(ids, past_key_values=cache, **choices)
+    assert torch.equal(out.sequences, expected.sequences)
+    seen = {int(layer.get_seq_length()) for layer in out.past_key_values.layers}
+    assert seen == {expected.past_key_values.get_seq_length()}
+
+
+def test_a_streamer_hears_every_token_once(recorder):
+    model, ids = tiny_model(next(iter(VARIANTS))).eval(), random_ids(1, 9)
+    for end in (None, int(model.generate(ids, **options(ids))[0, 12])):
+        expected, heard = Heard(), Heard()
+        choices = options(ids, eos_token_id=end, pad_token_id=0)
+        model.generate(ids, streamer=expected, **choices)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "_valid_auto_compile_criteria", lambda *_: True)
+            patch.setattr(generation_hf_moe, "capture_cuda_graph", Recorder())
+            model.generate(ids, streamer=heard, cache_implementation="static", **choices)
+        assert heard.tokens == expected.tokens
+        assert heard.ended
+
+
+def test_a_prefix_in_a_static_cache_is_continued(recorder):
+    model, ids = tiny_model(next(iter(VARIANTS))).eval(), random_ids(1, 19)
+    expected = model.generate(ids, **options(ids))
+    recorder(model)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    with torch.no_grad():
+        model(ids[:, :12], past_key_values=cache)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options(ids)), expected)
+
+
 def test_what_cannot_be_captured_runs_as_it_is(recorder):
-    model = tiny_model(next(iter(VARIANTS))).eval()
+    model, ids = tiny_model(next(iter(VARIANTS))).eval(), random_ids(1, 5)
     used = recorder(model)
-    ids = random_ids(1, 5)
     out = model.generate(
         ids, max_new_tokens=4, do_sample=False, cache_implementation="static", output_hidden_states=True,
-        return_dict_in_generate=True,
+        return_dict_in_generate=True, compile_config=None, disable_compile=True,
     )  # fmt: skip
     assert len(out.hidden_states) == 4
     assert used.captures == 0
-
-
-def test_mask_of_one_token_is_transformers_mask():
-    model = tiny_model(next(iter(VARIANTS))).eval()
-    cache = StaticCache(config=model.config, max_cache_len=12)
-    mask = torch.ones(2, 8, dtype=torch.long)
-    mask[1, :2] = 0
-    with torch.no_grad():
-        model(random_ids(2, 7), attention_mask=mask[:, :7], past_key_values=cache)
-    token = torch.empty(2, 1, 0)
-    expected = create_masks_for_generate(model.config, token, mask, cache)["full_attention"]
-    assert torch.equal(mask_of_one_token(cache, mask, token).expand_as(expected), expected)

@@ -1,0 +1,33 @@
+"""Kernels for inference on a GPU that the `hf_moe` package registers; the plain PyTorch beside each call is its truth.
+
+A folder from the Hub works without the package: then nothing is registered, and the plain form runs.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+# name → function; its arguments are those at the call.
+FUSED: dict[str, Callable] = {}
+
+
+def fused(name: str, *tensors: torch.Tensor | None) -> Callable | None:
+    """The kernel registered under this name, where it gives what the plain form would for these tensors.
+
+    It has no gradient and is opaque to a tracer, takes ordinary tensors of one of three dtypes, and knows no autocast.
+    """
+    kernel = FUSED.get(name)
+    if kernel is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    first = tensors[0]
+    assert first is not None
+    if first.device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+        return None
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and tensor.device == first.device
+            and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ):
+            return None
+    return kernel
