@@ -42,15 +42,26 @@ def _get(config: Fields, name: str, default: Any = 0) -> Any:
     return default if value is None else value
 
 
-def attention_parameters(config: Fields) -> int:
+def _latent(config: Fields, layer: int) -> int:
+    ranks = config.get("kv_lora_ranks")
+    return ranks[layer] if ranks else config["kv_lora_rank"]
+
+
+def _rotary(config: Fields, layer: int) -> int:
+    pairs = config.get("rope_frequencies")
+    return 2 * len(pairs[layer]) if pairs else config["qk_rope_head_dim"]
+
+
+def attention_parameters(config: Fields, layer: int = 0) -> int:
     """Numbers of one layer's attention.
 
     q: D·H·(N+P), or D·R + R·H·(N+P) with a bottleneck of R; latents and rotary keys: D·(C + G·P); expansion:
     C·H·(N+V); output: H·V·D; and biases and norms where there are any.
     """
-    hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
-    query = heads * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
-    keys = _get(config, "num_key_value_heads", 1) * config["qk_rope_head_dim"]
+    hidden, heads, latent = config["hidden_size"], config["num_attention_heads"], _latent(config, layer)
+    rotary = _rotary(config, layer)
+    query = heads * (config["qk_nope_head_dim"] + rotary)
+    keys = _get(config, "num_key_value_heads", 1) * rotary
     bottleneck = _get(config, "q_lora_rank")
     count = hidden * bottleneck + bottleneck * query if bottleneck else hidden * query
     count += hidden * (latent + keys)
@@ -61,7 +72,7 @@ def attention_parameters(config: Fields) -> int:
     count += latent * bool(_get(config, "kv_a_layernorm", True))
     count += bottleneck * bool(_get(config, "q_a_layernorm", True))
     if config.get("qk_norm"):
-        count += query + keys if config["qk_norm"] == "projection" else 2 * config["qk_rope_head_dim"]
+        count += query + keys if config["qk_norm"] == "projection" else 2 * rotary
     return count + heads * bool(config.get("attention_sinks"))
 
 
@@ -81,7 +92,7 @@ def parameters(config: Fields) -> Parameters:
     return Parameters(
         embedding=embedding,
         head=0 if config.get("tie_word_embeddings") else embedding,
-        attention=layers * attention_parameters(config),
+        attention=sum(attention_parameters(config, layer) for layer in range(layers)),
         dense=dense * 3 * hidden * config["intermediate_size"],
         shared=sparse * (3 * hidden * shared + hidden * bool(config.get("shared_expert_gate"))),
         router=sparse * experts * (hidden + (config.get("topk_method") == "noaux_tc")),
@@ -91,10 +102,15 @@ def parameters(config: Fields) -> Parameters:
     )
 
 
+def cache_widths(config: Fields) -> list[int]:
+    """Numbers that the cache holds a token in each layer: latent and rotary keys, C + G·P."""
+    groups = _get(config, "num_key_value_heads", 1)
+    return [_latent(config, i) + groups * _rotary(config, i) for i in range(config["num_hidden_layers"])]
+
+
 def cache_numbers(config: Fields) -> int:
-    """Numbers that the cache holds a token, all layers: latent and rotary keys, L·(C + G·P)."""
-    keys = _get(config, "num_key_value_heads", 1) * config["qk_rope_head_dim"]
-    return config["num_hidden_layers"] * (config["kv_lora_rank"] + keys)
+    """Numbers that the cache holds a token, all layers."""
+    return sum(cache_widths(config))
 
 
 def forward_flops(config: Fields, context: int) -> int:
@@ -105,8 +121,9 @@ def forward_flops(config: Fields, context: int) -> int:
     count = parameters(config)
     head = count.head or count.embedding
     weights = count.active - count.embedding - count.head + head
-    per_head = config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"]
-    attention = config["num_hidden_layers"] * 2 * context * config["num_attention_heads"] * per_head
+    layers = range(config["num_hidden_layers"])
+    per_head = sum(config["qk_nope_head_dim"] + _rotary(config, i) + config["v_head_dim"] for i in layers)
+    attention = 2 * context * config["num_attention_heads"] * per_head
     return 2 * weights + attention
 
 

@@ -71,6 +71,15 @@ VARIANTS: dict[str, dict] = {
         "qk_norm": "head",
         "norm_placement": "post",
     },
+    "widths": {
+        "kv_lora_rank": 32,
+        "kv_lora_ranks": [9, 32, 20],
+        "rope_table_dim": 16,
+        "qk_rope_head_dim": 12,
+        "rope_frequencies": [[5], [0, 1, 2, 2, 3, 7], [0, 0, 4]],
+        "softmax_scale": 0.25,
+        "kv_a_layernorm": False,
+    },
     "sandwich": {
         "num_key_value_heads": 4,
         "norm_placement": "sandwich",

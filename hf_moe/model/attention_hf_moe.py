@@ -135,10 +135,12 @@ class HfMoeAttention(nn.Module):
         self.layer_idx = layer_idx
         self.layer_type = config.layer_types[layer_idx]
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
-        self.kv_lora_rank = config.kv_lora_rank
+        # Layers for multi-token prediction stand behind the last one, and are as wide.
+        layer = min(layer_idx, config.num_hidden_layers - 1)
+        self.kv_lora_rank = config.latent_widths[layer]
         self.qk_nope_head_dim = config.qk_nope_head_dim
-        self.qk_rope_head_dim = config.qk_rope_head_dim
-        self.qk_head_dim = config.qk_head_dim
+        self.qk_rope_head_dim = config.rotary_widths[layer]
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
         self.num_key_value_groups = 1  # keys and values reach the attention function with all H heads
         self.scaling = softmax_scale(config, self.layer_type)

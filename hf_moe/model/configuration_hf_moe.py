@@ -31,9 +31,11 @@ class HfMoeConfig(PreTrainedConfig):
 
     Attention:
         num_key_value_heads: G, rotary keys a token; each serves H/G query heads. 1 in DeepSeek's models.
-        kv_lora_rank: C, width of the cached latent.
+        kv_lora_rank: C, width of the cached latent; the largest of `kv_lora_ranks`, one for each layer, if given.
         q_lora_rank: width of the query's low-rank bottleneck; None for a full projection.
         qk_rope_head_dim, qk_nope_head_dim: rotary and position-free part of a query or key head; the latter may be 0.
+        rope_frequencies: for each layer the frequencies that its rotary pairs turn with, at most `qk_rope_head_dim`/2,
+            as indices into the table of a head `rope_table_dim` wide; by default every pair has its own.
         v_head_dim: width of a value head.
         kv_a_layernorm, q_a_layernorm: RMS norm of the latent and of the query bottleneck, with `latent_norm_eps`.
         q_bias, kv_bias, o_bias: biases of the query, of the latent and rotary key, of the output projection.
@@ -106,8 +108,11 @@ class HfMoeConfig(PreTrainedConfig):
     num_key_value_heads: int = 1
     q_lora_rank: int | None = None
     kv_lora_rank: int = 512
+    kv_lora_ranks: list[int] | None = None
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
+    rope_table_dim: int | None = None
+    rope_frequencies: list[list[int]] | None = None
     v_head_dim: int = 128
     kv_a_layernorm: bool = True
     q_a_layernorm: bool = True
@@ -162,7 +167,7 @@ class HfMoeConfig(PreTrainedConfig):
             self.layer_types = [kind] * self.num_hidden_layers
         # Derived, and written to config.json because Transformers' rope and cache code read it there.
         kwargs.pop("head_dim", None)
-        self.head_dim = self.qk_rope_head_dim
+        self.head_dim = self.rope_table_dim or self.qk_rope_head_dim
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
@@ -210,8 +215,26 @@ class HfMoeConfig(PreTrainedConfig):
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a query head and of an expanded key head."""
+        """Width of a query head and of an expanded key head; the widest layer's."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_widths(self) -> list[int]:
+        """C of each layer."""
+        return self.kv_lora_ranks or [self.kv_lora_rank] * self.num_hidden_layers
+
+    @property
+    def rotary_widths(self) -> list[int]:
+        """P of each layer."""
+        if self.rope_frequencies is None:
+            return [self.qk_rope_head_dim] * self.num_hidden_layers
+        return [2 * len(pairs) for pairs in self.rope_frequencies]
+
+    @property
+    def cache_widths(self) -> list[int]:
+        """Numbers a token in the cache of each layer, C + G·P."""
+        groups = self.num_key_value_heads
+        return [c + groups * p for c, p in zip(self.latent_widths, self.rotary_widths, strict=True)]
 
     @property
     def shared_width(self) -> int:
@@ -243,6 +266,7 @@ class HfMoeConfig(PreTrainedConfig):
                 "a norm of keys that come from the latent cannot be absorbed"
             )
         self._validate_layers()
+        self._validate_widths()
         self._validate_rope()
         self._validate_routing()
 
@@ -259,6 +283,39 @@ class HfMoeConfig(PreTrainedConfig):
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError(f"layer_types has sliding_attention, but sliding_window={self.sliding_window}")
 
+    def _validate_widths(self) -> None:
+        """Latents and rotary pairs that differ from layer to layer."""
+        for name in ("kv_lora_ranks", "rope_frequencies"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_hidden_layers:
+                raise ValueError(f"{name} names {len(values)} layers, num_hidden_layers={self.num_hidden_layers}")
+            if values is not None and self.num_nextn_predict_layers:
+                raise ValueError(
+                    f"{name} leaves out num_nextn_predict_layers={self.num_nextn_predict_layers}: layers for "
+                    "multi-token prediction take the last layer's sizes"
+                )
+        for layer, rank in enumerate(self.kv_lora_ranks or []):
+            if not 1 <= rank <= self.kv_lora_rank:
+                raise ValueError(
+                    f"kv_lora_ranks has {rank} in layer {layer}, not 1 to kv_lora_rank={self.kv_lora_rank}"
+                )
+        for layer, pairs in enumerate(self.rope_frequencies or []):
+            if not 1 <= len(pairs) <= self.qk_rope_head_dim // 2:
+                raise ValueError(
+                    f"rope_frequencies has {len(pairs)} pairs in layer {layer}, not 1 to half of "
+                    f"qk_rope_head_dim={self.qk_rope_head_dim}"
+                )
+            if not 0 <= min(pairs) <= max(pairs) < self.head_dim // 2:
+                raise ValueError(
+                    f"rope_frequencies has {min(pairs)} to {max(pairs)} in layer {layer}, a table of "
+                    f"rope_table_dim={self.head_dim} holds 0 to {self.head_dim // 2 - 1}"
+                )
+        if self.rope_frequencies is None and self.head_dim != self.qk_rope_head_dim:
+            raise ValueError(
+                f"rope_table_dim={self.rope_table_dim} is not qk_rope_head_dim={self.qk_rope_head_dim}, and no "
+                "rope_frequencies say which of it are used"
+            )
+
     def _validate_rope(self) -> None:
         """Errors where Transformers only warns."""
         parameters: Any = self.rope_parameters
@@ -271,12 +328,10 @@ class HfMoeConfig(PreTrainedConfig):
                 raise ValueError(f"rope_type={rope_type!r} is none of {['default', *ROPE_INIT_FUNCTIONS]}")
             if factor is not None and factor < 1:
                 raise ValueError(f"factor={factor} of rope_type={rope_type!r} must be at least 1")
-            pairs = self.qk_rope_head_dim // 2
+            pairs = self.head_dim // 2
             for name in ("short_factor", "long_factor"):
                 if rope.get(name) is not None and len(rope[name]) != pairs:
-                    raise ValueError(
-                        f"{name} has {len(rope[name])} numbers for qk_rope_head_dim={self.qk_rope_head_dim}"
-                    )
+                    raise ValueError(f"{name} has {len(rope[name])} numbers for qk_rope_head_dim={self.head_dim}")
             partial = rope.get("partial_rotary_factor", 1.0)
             if partial != 1.0 and rope_type != "proportional":
                 raise ValueError(

@@ -173,10 +173,8 @@ class CapturedGeneration:
             or len(set(getattr(self, "hf_device_map", {}).values())) > 1
         ):
             return False
-        config = self.config
-        width = config.kv_lora_rank + config.num_key_value_heads * config.qk_rope_head_dim
         sequences = batch_size * generation_config.num_return_sequences
-        needed = sequences * length * width * config.num_hidden_layers * self.dtype.itemsize
+        needed = sequences * length * sum(self.config.cache_widths) * self.dtype.itemsize
         return needed < SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(self.device)[0]
 
     def get_compiled_call(self: Any, compile_config: Any) -> Callable:

@@ -296,6 +296,8 @@ class HfMoePreTrainedModel(PreTrainedModel):
                 inv_freq, _ = module.compute_frequencies(layer_type)
                 for name in ("inv_freq", "original_inv_freq"):
                     init.copy_(getattr(module, module._prefix(layer_type) + name), inv_freq)
+            if self.config.rope_frequencies is not None:
+                init.copy_(module.chosen, module.compute_chosen())
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Where the `hf_moe` package has registered its kernels, they are the default."""
@@ -366,15 +368,16 @@ class HfMoeModel(HfMoePreTrainedModel):
 
         hidden_states = inputs_embeds * self.config.embedding_multiplier
         masks = self._attention_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
-        ropes = {
+        tables = {
             layer_type: self.rotary_emb(hidden_states, position_ids, layer_type)
             for layer_type in self.rotary_emb.layer_types
         }
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
+        ropes = self.rotary_emb.of_layers(tables)
+        for layer, layer_type, rope in zip(self.layers, self.config.layer_types, ropes, strict=False):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],
-                position_embeddings=ropes[layer_type] if layer_type in ropes else ropes[None],
+                position_embeddings=rope,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,

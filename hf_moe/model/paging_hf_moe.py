@@ -14,8 +14,8 @@ from .configuration_hf_moe import HfMoeConfig
 
 
 def half_width(config: HfMoeConfig) -> int:
-    """Numbers a token in each of the cache's two tensors: half of C + G·P, rounded up."""
-    return (config.kv_lora_rank + config.num_key_value_heads * config.qk_rope_head_dim + 1) // 2
+    """Numbers a token in each of the cache's two tensors: half of the widest layer's C + G·P, rounded up."""
+    return (max(config.cache_widths) + 1) // 2
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class LatentAttentionHeads:
         heads, groups = local_heads(
             config.num_attention_heads, config.num_key_value_heads, mesh.size(), mesh.get_local_rank()
         )
-        columns = slice(groups.start * config.qk_rope_head_dim, groups.stop * config.qk_rope_head_dim)
+        columns = slice(groups.start * module.qk_rope_head_dim, groups.stop * module.qk_rope_head_dim)
         ranks = mesh.get_group()
         rotated_query, rotated_latent = module.rotated_query, module.rotated_latent
 

@@ -15,7 +15,8 @@ from .configuration_hf_moe import HfMoeConfig
 class HfMoeRotaryEmbedding(nn.Module):
     """cos and sin (B, S, P) of position · frequency, for every rope type that Transformers knows.
 
-    With one rope for each layer type, `layer_type` says which; otherwise it is None.
+    With one rope for each layer type, `layer_type` says which; otherwise it is None. Where layers choose among the
+    frequencies, P is that of the table, and `of_layers` picks.
     """
 
     def __init__(self, config: HfMoeConfig):
@@ -33,6 +34,9 @@ class HfMoeRotaryEmbedding(nn.Module):
             setattr(self, f"{prefix}attention_scaling", attention_scaling)
         if self.layer_types == [None]:
             self.rope_type = self.rope_type[None]
+        if config.rope_frequencies is not None:
+            self.chosen: torch.Tensor
+            self.register_buffer("chosen", self.compute_chosen(), persistent=False)
 
     @staticmethod
     def _prefix(layer_type: str | None) -> str:
@@ -41,8 +45,24 @@ class HfMoeRotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config: HfMoeConfig, layer_type: str | None = None) -> tuple[Any, float]:
         """Frequencies theta^(-2i/P) of the original RoPE, and 1."""
-        theta, width = rope_parameters_of(config, layer_type)["rope_theta"], config.qk_rope_head_dim
+        theta, width = rope_parameters_of(config, layer_type)["rope_theta"], config.head_dim
         return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float) / width), 1.0
+
+    def compute_chosen(self) -> torch.Tensor:
+        """Columns of the table that the layers take, one layer behind the other, each twice: for both halves."""
+        return torch.tensor([column for pairs in self.config.rope_frequencies for column in (*pairs, *pairs)])
+
+    def of_layers(self, tables: dict[str | None, tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
+        """cos and sin (B, S, P) of each layer, from the tables by layer type; picked for all layers at once."""
+        keys = [t if t in tables else None for t in self.config.layer_types]
+        if self.config.rope_frequencies is None:
+            return [tables[key] for key in keys]
+        widths = self.config.rotary_widths
+        picked = {
+            key: [table.index_select(-1, self.chosen).split(widths, dim=-1) for table in pair]
+            for key, pair in tables.items()
+        }
+        return [(picked[key][0][layer], picked[key][1][layer]) for layer, key in enumerate(keys)]
 
     def compute_frequencies(self, layer_type: str | None) -> tuple[torch.Tensor, float]:
         """Inverse frequencies (P/2) and the factor of cos and sin."""

@@ -62,7 +62,6 @@ def _layer(plan: Plan, source: Source, layer: int, item: int) -> dict[str, Any]:
     tensors = [tensor for tensor in plan.tensors() if tensor.layer == layer]
     total = sum(prod(tensor.shape) for tensor in tensors)
     routed = sum(prod(tensor.shape) for tensor in tensors if ".mlp.experts." in tensor.name)
-    one_layer = dict(plan.config) | {"num_hidden_layers": 1}
     return {
         "layer": layer,
         "attention": plan.config["layer_types"][layer],
@@ -73,7 +72,7 @@ def _layer(plan: Plan, source: Source, layer: int, item: int) -> dict[str, Any]:
         + routed * plan.config["num_experts_per_tok"] // plan.config["n_routed_experts"],
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "read_bytes": _read_bytes(tensors, source),
-        "cache_bytes_per_token": cost.cache_numbers(one_layer) * item,
+        "cache_bytes_per_token": cost.cache_widths(plan.config)[layer] * item,
     }
 
 

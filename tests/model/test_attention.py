@@ -19,9 +19,9 @@ def attention_inputs(variant: str, query_length: int, seen: int, **changes):
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, seen + query_length, TINY["hidden_size"], dtype=torch.float64)
     rotary = HfMoeRotaryEmbedding(config)
-    layer_type = config.layer_types[1] if rotary.layer_types != [None] else None
     positions = torch.arange(seen + query_length).unsqueeze(0)
-    return layer, x, rotary(x, positions, layer_type)
+    tables = {layer_type: rotary(x, positions, layer_type) for layer_type in rotary.layer_types}
+    return layer, x, rotary.of_layers(tables)[1]
 
 
 def formula(layer: HfMoeAttention, x: torch.Tensor, rope) -> torch.Tensor:
@@ -94,10 +94,8 @@ def test_cached_steps_equal_one_pass(variant, kind):
 def test_cache_holds_latents_and_rotary_keys_only(variant):
     model = tiny_model(variant)
     cache = model(random_ids(1, 5), use_cache=True).past_key_values
-    config = model.config
-    for layer in cache.layers:
-        numbers = (layer.keys.numel() + layer.values.numel()) // 5
-        assert numbers == config.kv_lora_rank + config.num_key_value_heads * config.qk_rope_head_dim
+    for layer, width in zip(cache.layers, model.config.cache_widths, strict=True):
+        assert (layer.keys.numel() + layer.values.numel()) // 5 == width
 
 
 @torch.no_grad()

@@ -80,6 +80,15 @@ def test_rope_tables_are_llamas(rope_type):
             {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
             r"rope_parameters has \['sliding_attention'\] but not \['full_attention'\]",
         ),
+        ({"kv_lora_ranks": [8, 8]}, "kv_lora_ranks names 2 layers, num_hidden_layers=3"),
+        ({"kv_lora_ranks": [8, 33, 8]}, "kv_lora_ranks has 33 in layer 1, not 1 to kv_lora_rank=32"),
+        ({"rope_frequencies": [[0], [], [1]]}, "0 pairs in layer 1, not 1 to half of qk_rope_head_dim=8"),
+        ({"rope_frequencies": [[0], [4], [1]]}, "4 to 4 in layer 1, a table of rope_table_dim=8 holds 0 to 3"),
+        ({"rope_table_dim": 16}, "rope_table_dim=16 is not qk_rope_head_dim=8"),
+        (
+            {"kv_lora_ranks": [8, 8, 8], "num_nextn_predict_layers": 1},
+            "kv_lora_ranks leaves out num_nextn_predict_layers=1",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_its_numbers(changes, message):
@@ -105,3 +114,15 @@ def test_others_find_what_they_ask_for(variant):
     assert config.moe_intermediate_size
     assert HfMoeModel.is_backend_compatible()
     assert HfMoeConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_layers_may_differ_in_what_they_cache():
+    config = tiny_config("widths")
+    assert config.cache_widths == [9 + 2, 32 + 12, 20 + 6]
+    assert config.latent_widths == [9, 32, 20]
+    assert config.rotary_widths == [2, 12, 6]
+    table = HfMoeRotaryEmbedding(config)(torch.zeros(1), torch.arange(5).unsqueeze(0))
+    assert table[0].shape == (1, 5, 16)
+    cos, sin = HfMoeRotaryEmbedding(config).of_layers({None: table})[2]
+    torch.testing.assert_close(cos, table[0][..., [0, 0, 4, 0, 0, 4]], rtol=0, atol=0)
+    torch.testing.assert_close(sin, table[1][..., [0, 0, 4, 0, 0, 4]], rtol=0, atol=0)

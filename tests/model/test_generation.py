@@ -98,7 +98,5 @@ def test_packed_texts_do_not_see_each_other(variant, implementation):
 def test_cache_bytes_a_token_in_bfloat16(variant):
     model = tiny_model(variant).to(torch.bfloat16)
     cache = model(random_ids(1, 5)).past_key_values
-    config = model.config
-    for layer in cache.layers:
-        stored = layer.keys.nbytes + layer.values.nbytes
-        assert stored == 5 * 2 * (config.kv_lora_rank + config.num_key_value_heads * config.qk_rope_head_dim)
+    for layer, width in zip(cache.layers, model.config.cache_widths, strict=True):
+        assert layer.keys.nbytes + layer.values.nbytes == 5 * 2 * width
