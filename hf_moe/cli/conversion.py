@@ -1,8 +1,4 @@
-"""The command line: `hf-moe`. Each command is thin and imports inside of it what it needs.
-
-Nothing heavy stands at the top: `hf_moe_command` starts this module without the package's own import, which
-`one_sentence` makes up for where a command loads models.
-"""
+"""`hf-moe plan | upcycle | verify | demo`: a dense model becomes a mixture, and the proof of it."""
 
 import os
 import shlex
@@ -15,49 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Turn a dense language model into a mixture of experts with a small key-value cache, prove that nothing was "
-    "lost, and share it.",
-)
+from .app import MIXTURE, NUMBERS, OUTPUT, Quiet, app, one_sentence
 
 SOURCE_HELP = "Folder of safetensors, a .gguf file, or a Hub id such as owner/name or owner/name@revision."
-MIXTURE, NUMBERS, OUTPUT = "Mixture", "Numbers", "Output"
-
-
-@contextmanager
-def one_sentence(resumable: bool = False, model: bool = True) -> Iterator[None]:
-    """End with one line on standard error and a status above 0 where the user can do something about it.
-
-    `model` says whether Transformers has to know ours.
-    """
-    try:
-        if model:
-            _register()
-        yield
-    except KeyboardInterrupt:
-        again = "; run the same command again to go on from there" if resumable else ""
-        typer.echo(f"\nInterrupted{again}.", err=True)
-        sys.exit(130)
-    except ModuleNotFoundError as error:
-        if (error.name or __package__).startswith(str(__package__)):
-            raise
-        typer.echo(f"Error: this command needs {error.name}, which is not installed", err=True)
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        message = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
-        typer.echo(f"Error: {' '.join(str(message).split())}", err=True)
-        sys.exit(1)
-
-
-def _register() -> None:
-    """Make the import of the package whole, where `hf_moe_command` entered it without."""
-    package = sys.modules[__package__]
-    if not hasattr(package, "HfMoeConfig"):
-        package.__spec__.loader.exec_module(package)  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -95,7 +51,7 @@ def _options(choices: dict[str, Any]) -> Any:
     """The fields of `Options` among a command's arguments."""
     from dataclasses import fields
 
-    from .upcycling.options import Options
+    from ..upcycling.options import Options
 
     chosen = {field.name: choices[field.name] for field in fields(Options) if field.name in choices}
     lists = {"dense_layers": _indices(choices["dense_layers"]), "calibration": tuple(choices["calibration"] or ())}
@@ -180,7 +136,6 @@ Dtype = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=NUMBERS)]
 ShardBytes = Annotated[int, typer.Option(help="Size limit of one weight file.", rich_help_panel=OUTPUT)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=OUTPUT)]
 
 
 @app.command()
@@ -207,9 +162,9 @@ def plan(
     """Say what a conversion would give and take, from the headers of the weights alone. Writes nothing."""
     choices = dict(locals())
     with one_sentence(model=False), _torch_hidden(source, *(branch or [])):
-        from .upcycling.layout import make_plan
-        from .upcycling.sources import open_source
-        from .upcycling.summary import summarise
+        from ..upcycling.layout import make_plan
+        from ..upcycling.sources import open_source
+        from ..upcycling.summary import summarise
 
         opened = open_source([source, *(branch or [])], headers_only=True)
         summary = summarise(make_plan(opened, _options(choices)), opened)
@@ -252,8 +207,8 @@ def upcycle(
     """
     choices = dict(locals())
     with one_sentence(resumable=True):
-        from .upcycling.convert import check_target, convert
-        from .upcycling.sources import open_source
+        from ..upcycling.convert import check_target, convert
+        from ..upcycling.sources import open_source
 
         options, target = _options(choices), check_target(out)
         path = convert(open_source([source, *(branch or [])]), target, options, progress=not quiet)
@@ -276,7 +231,7 @@ def verify(
 ) -> None:
     """Compare a converted model with its source: bytes, logits, decoding. Writes certificate.json into the folder."""
     with one_sentence():
-        from .upcycling.verification import verify as run
+        from ..upcycling.verification import verify as run
 
         words = text.read_text(encoding="utf-8") if text else None
         certificate = run(
@@ -303,129 +258,6 @@ def verify(
         )
 
 
-def _matrix() -> str:
-    """What each format holds, a line for each feature."""
-    from .upcycling.formats import matrix
-
-    (_, *formats), *rows = matrix()
-    return "\n\n".join(
-        ["[bold]What each format holds[/bold] (a model that uses more is refused):"]
-        + [
-            f"{name}: " + ", ".join(f"{f} {cell}" for f, cell in zip(formats, cells, strict=True))
-            for name, *cells in rows
-        ]
-    )
-
-
-@app.command(epilog=_matrix())
-def export(
-    folder: Annotated[Path, typer.Argument(help="Folder with an hf_moe model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make. It appears when it is complete.")],
-    to: Annotated[str, typer.Option(help="mixtral, qwen3_moe or deepseek_v3.")],
-    engine: Annotated[str, typer.Option(help="Who will serve it: transformers, vllm or sglang.")] = "transformers",
-    quiet: Quiet = False,
-) -> None:
-    """Write a model as one of Transformers' own classes, which needs nothing of this package."""
-    with one_sentence(resumable=True):
-        from .upcycling.exchange import export as run
-
-        typer.echo(f"{run(folder, out, to, engine=engine, progress=not quiet)} is ready.")
-
-
-@app.command(name="import")
-def import_(
-    folder: Annotated[
-        str, typer.Argument(help="Folder or Hub id of a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or DeepSeek-V3 model.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Folder to make. It appears when it is complete.")],
-    quiet: Quiet = False,
-) -> None:
-    """Read one of Transformers' own mixtures as a latent-attention model, exactly."""
-    with one_sentence(resumable=True):
-        from .upcycling.exchange import import_mixture as run
-
-        typer.echo(f"{run(folder, out, progress=not quiet)} is ready.")
-
-
-@app.command()
-def tune(
-    model: Annotated[
-        list[str] | None, typer.Option(help="Folder or Hub id of a mixture to tune for; may be repeated.")
-    ] = None,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(help="Hidden size, expert width, experts, experts a token: 2048,768,128,8; may be repeated."),
-    ] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens a step; 1024 and 8192 by default.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Table to write; by default the one that the kernels read.", dir_okay=False)
-    ] = None,
-) -> None:
-    """Find the fastest tiles of the expert kernels on this machine's GPU, and save them for later processes.
-
-    About three minutes for each shape and number of tokens.
-    """
-    with one_sentence():
-        from .kernels.tuning import shape_of
-        from .kernels.tuning import tune as run
-        from .upcycling.sources import model_config
-
-        shapes = [_sizes(each) for each in shape or []] + [shape_of(model_config(each)) for each in model or []]
-        if not shapes:
-            raise ValueError("nothing to tune for: name a --model or a --shape")
-        path = run(shapes, tokens or (1024, 8192), path=out, report=typer.echo)
-        typer.echo(f"{path} is written; processes that start now use it.")
-
-
-def _sizes(shape: str) -> tuple[int, int, int, int]:
-    """A layer as "2048,768,128,8"."""
-    words = shape.split(",")
-    if len(words) != 4 or not all(word.strip().isdecimal() and int(word) for word in words):
-        raise ValueError(f"--shape={shape!r} is not four whole numbers such as 2048,768,128,8")
-    hidden, width, experts, top_k = map(int, words)
-    if top_k > experts:
-        raise ValueError(f"--shape={shape!r} has {top_k} experts a token of {experts}")
-    return hidden, width, experts, top_k
-
-
-@app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a mixture, ours or Transformers'.")],
-    text: Annotated[Path, typer.Option(help="Text file to route.", exists=True, dir_okay=False)],
-    out: Annotated[Path | None, typer.Option(help="Folder for experts.html and load.png.", file_okay=False)] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of the text to read.")] = 1024,
-) -> None:
-    """Show which experts serve which tokens of a text."""
-    with one_sentence():
-        from rich.console import Console
-
-        from .training.inspection import inspect as run
-        from .training.inspection import show, write_page
-        from .training.pictures import draw_load
-
-        choices = run(model, text.read_text(encoding="utf-8"), tokens)
-        show(choices, Console())
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            write_page(choices, out / "experts.html")
-            draw_load(choices.load.share, out / "load.png", title="load over the mean")
-            typer.echo(f"{out / 'experts.html'} shows the text, {out / 'load.png'} the load.")
-
-
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(help="Folder with a whole model: config.json and safetensors.")],
-    repo_id: Annotated[str, typer.Argument(help="Repository of the Hub, owner/name; made if it does not exist.")],
-    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to write to.")] = None,
-) -> None:
-    """Upload a model to the Hub, however it was made. Started again, it sends only what is missing."""
-    with one_sentence(resumable=True):
-        from .upcycling.publish import push as run
-
-        typer.echo(run(folder, repo_id, private=private, revision=revision))
-
-
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for model, adapter, certificate and report.")] = Path(
@@ -435,6 +267,6 @@ def demo(
 ) -> None:
     """Upcycle, verify, fine-tune and generate with a small real model. Interrupted, it goes on at the last step."""
     with one_sentence(resumable=True):
-        from .demo import run_demo
+        from ..demo import run_demo
 
         run_demo(output, model)

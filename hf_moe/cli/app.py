@@ -1,0 +1,54 @@
+"""The `hf-moe` command itself, how it ends when something is wrong, and the option that most commands share."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+PACKAGE = __package__.partition(".")[0]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Turn a dense language model into a mixture of experts with a small key-value cache, prove that nothing was "
+    "lost, and share it.",
+)
+
+MIXTURE, NUMBERS, OUTPUT = "Mixture", "Numbers", "Output"
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=OUTPUT)]
+
+
+@contextmanager
+def one_sentence(resumable: bool = False, model: bool = True) -> Iterator[None]:
+    """End with one line on standard error and a status above 0 where the user can do something about it.
+
+    `model` says whether Transformers has to know ours.
+    """
+    try:
+        if model:
+            _register()
+        yield
+    except KeyboardInterrupt:
+        again = "; run the same command again to go on from there" if resumable else ""
+        typer.echo(f"\nInterrupted{again}.", err=True)
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (error.name or PACKAGE).startswith(PACKAGE):
+            raise
+        typer.echo(f"Error: this command needs {error.name}, which is not installed", err=True)
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        message = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
+        typer.echo(f"Error: {' '.join(str(message).split())}", err=True)
+        sys.exit(1)
+
+
+def _register() -> None:
+    """Make the import of the package whole, where `hf_moe_command` entered it without."""
+    package = sys.modules[PACKAGE]
+    if not hasattr(package, "HfMoeConfig"):
+        package.__spec__.loader.exec_module(package)  # type: ignore[union-attr]

@@ -1,0 +1,66 @@
+"""`hf-moe export | import | push`: models from and for others."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import Quiet, app, one_sentence
+
+
+def _matrix() -> str:
+    """What each format holds, a line for each feature."""
+    from ..upcycling.formats import matrix
+
+    (_, *formats), *rows = matrix()
+    return "\n\n".join(
+        ["[bold]What each format holds[/bold] (a model that uses more is refused):"]
+        + [
+            f"{name}: " + ", ".join(f"{f} {cell}" for f, cell in zip(formats, cells, strict=True))
+            for name, *cells in rows
+        ]
+    )
+
+
+@app.command(epilog=_matrix())
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder with an hf_moe model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make. It appears when it is complete.")],
+    to: Annotated[str, typer.Option(help="mixtral, qwen3_moe or deepseek_v3.")],
+    engine: Annotated[str, typer.Option(help="Who will serve it: transformers, vllm or sglang.")] = "transformers",
+    quiet: Quiet = False,
+) -> None:
+    """Write a model as one of Transformers' own classes, which needs nothing of this package."""
+    with one_sentence(resumable=True):
+        from ..upcycling.exchange import export as run
+
+        typer.echo(f"{run(folder, out, to, engine=engine, progress=not quiet)} is ready.")
+
+
+@app.command(name="import")
+def import_(
+    folder: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or DeepSeek-V3 model.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to make. It appears when it is complete.")],
+    quiet: Quiet = False,
+) -> None:
+    """Read one of Transformers' own mixtures as a latent-attention model, exactly."""
+    with one_sentence(resumable=True):
+        from ..upcycling.exchange import import_mixture as run
+
+        typer.echo(f"{run(folder, out, progress=not quiet)} is ready.")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder with a whole model: config.json and safetensors.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository of the Hub, owner/name; made if it does not exist.")],
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to.")] = None,
+) -> None:
+    """Upload a model to the Hub, however it was made. Started again, it sends only what is missing."""
+    with one_sentence(resumable=True):
+        from ..upcycling.publish import push as run
+
+        typer.echo(run(folder, repo_id, private=private, revision=revision))
