@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe as hf_moe_integration
 
-from .experts import _reason_to_fall_back, gating_of
+from .experts import gating_of, reason_to_fall_back
 
 
 class Adapter(NamedTuple):
@@ -67,7 +67,7 @@ def adapted_experts_forward(
     x = hidden_states.to(dtype)
     # The composed path multiplies in dtype already; autocast would only lower a float32 base.
     with torch.autocast(kind, enabled=False):
-        if _reason_to_fall_back(module, hidden_states) is None and not drops and (gating := gating_of(module)):
+        if reason_to_fall_back(module, hidden_states) is None and not drops and (gating := gating_of(module)):
             from .lora import experts_lora
 
             up_lora, down_lora = (_stacked(adapters.get(name, []), dtype) for name in names)

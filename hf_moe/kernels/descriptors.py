@@ -1,4 +1,4 @@
-"""Hopper's bulk tensor copies: when a tensor can be described for them, and the descriptors of the grouped kernels."""
+"""How operands lie in memory: which strides the kernels take, and descriptors for Hopper's bulk tensor copies."""
 
 import functools
 
@@ -31,6 +31,16 @@ def can_describe(tensor: torch.Tensor) -> bool:
     for stride in strides:
         misaligned |= stride * tensor.element_size()
     return last == 1 and misaligned % 16 == 0 and tensor.numel() > 0
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy whose rows are contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dense_side(weight: torch.Tensor) -> torch.Tensor:
+    """weight, or a copy with one side of each matrix contiguous; which of the two does not matter to the kernels."""
+    return weight if 1 in weight.stride()[1:] else weight.contiguous()
 
 
 def row_descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -94,7 +94,8 @@ def gating_of(module: Any) -> "Gating | None":
     )
 
 
-def _reason_to_fall_back(module: Any, hidden_states: torch.Tensor) -> str | None:
+def reason_to_fall_back(module: Any, hidden_states: torch.Tensor) -> str | None:
+    """Why the kernels cannot compute this module on these tokens, as the end of a sentence; None when they can."""
     if hidden_states.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return f"its tensors are on {hidden_states.device.type!r}, and Triton needs a GPU"
     if hidden_states.device.type != "cuda" and module.down_proj.dtype == torch.bfloat16:
@@ -125,7 +126,7 @@ def experts_forward(
         (T, D) in hidden_states' dtype.
     Gradients: hidden_states, top_k_weights, and every weight and bias that is not frozen.
     """
-    reason = _reason_to_fall_back(self, hidden_states)
+    reason = reason_to_fall_back(self, hidden_states)
     if reason is not None:
         # Without a GPU this is the rule and no news; and logging would break a graph that is being compiled.
         if not torch.compiler.is_compiling():

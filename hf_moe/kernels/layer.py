@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import tuning
 from .combine import combine, spread
+from .descriptors import dense_rows, dense_side
 from .gating import Gating, gating_gradient
 from .grouped_linear import grouped_linear
 from .routing import Routing, route, tile_capacity
@@ -42,15 +43,6 @@ def _implement(name: str):
     return torch.library.impl(f"hf_moe::{name}", "CompositeExplicitAutograd", lib=_library)
 
 
-def _dense(weight: Tensor) -> Tensor:
-    """A matrix side must be contiguous; which of the two does not matter."""
-    return weight if 1 in weight.stride()[1:] else weight.contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _weight_gradient_as(weight: Tensor, left: Tensor, right: Tensor, *args, **kwargs) -> Tensor:
     """The gradient in the memory order of the weight, so that accumulating it copies nothing."""
     if weight.stride(2) == 1:
@@ -78,7 +70,7 @@ class Plan(NamedTuple):
 
 def _experts(x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, up_offset, gated, interleaved, keep):
     gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
-    x, up, down = _rows(x), _dense(up), _dense(down)
+    x, up, down = dense_rows(x), dense_side(up), dense_side(down)
     (T, K), E = index.shape, up.shape[0]
     if T == 0:
         none = index.new_empty(0, dtype=torch.int32)
@@ -124,7 +116,7 @@ def _experts_backward(
 ):  # fmt: skip
     gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
     needs_x, needs_weight, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
-    x, up, down, dout = _rows(x), _dense(up), _dense(down), dout.contiguous()
+    x, up, down, dout = dense_rows(x), dense_side(up), dense_side(down), dout.contiguous()
     (T, K), E = index.shape, up.shape[0]
     if T == 0:
         return tuple(
@@ -261,17 +253,17 @@ def _route_fake(index, x, n_experts):
 
 def _grouped_linear(x, weight, bias, row, position, offset, tile, per_token):
     tile_rows = _row_tile(x, row.numel(), weight.shape[0])
-    routing, weight = Routing(row, position, offset, tile, tile_rows), _dense(weight)
+    routing, weight = Routing(row, position, offset, tile, tile_rows), dense_side(weight)
     choice = tuning.choose("down", x.device, x.dtype, row.numel() // weight.shape[0])._replace(m=tile_rows)
     return grouped_linear(
-        _rows(x), weight, routing, choice, bias_EO=bias, per_token=per_token or None, zero_unowned=True
+        dense_rows(x), weight, routing, choice, bias_EO=bias, per_token=per_token or None, zero_unowned=True
     )
 
 
 def _grouped_linear_backward(dy, x, weight, row, position, offset, tile, per_token, needs):
     tile_rows = _row_tile(x, row.numel(), weight.shape[0])
-    routing, weight = Routing(row, position, offset, tile, tile_rows), _dense(weight)
-    dy, x, none = dy.contiguous(), _rows(x), dy.new_empty(0)
+    routing, weight = Routing(row, position, offset, tile, tile_rows), dense_side(weight)
+    dy, x, none = dy.contiguous(), dense_rows(x), dy.new_empty(0)
     dx = dweight = dbias = none
     rows = row.numel() // weight.shape[0]
     if needs[0]:

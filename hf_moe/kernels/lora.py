@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .adapted_linear import adapted_linear
 from .combine import combine, spread
+from .descriptors import dense_rows, dense_side
 from .gating import Gating, apply_gate, gating_gradient
 from .grouped_linear import grouped_linear
-from .layer import Plan, _dense, _rows
+from .layer import Plan
 from .routing import Routing, route, tile_capacity
 from .tuning import Tile, power_of_2
 from .weight_gradient import weight_gradient
@@ -61,7 +62,7 @@ def _forward(
     act, alpha, limit, up_offset, gated, interleaved,
 ):  # fmt: skip
     gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
-    x, up, down = _rows(x), _dense(up), _dense(down)
+    x, up, down = dense_rows(x), dense_side(up), dense_side(down)
     (T, K), E = index.shape, up.shape[0]
     if T == 0:
         none = index.new_empty(0, dtype=torch.int32)
@@ -93,7 +94,7 @@ def _backward(
 ):  # fmt: skip
     gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
     needs_x, needs_weight, *needs_adapters = needs
-    x, up, down, dout = _rows(x), _dense(up), _dense(down), dout.contiguous()
+    x, up, down, dout = dense_rows(x), dense_side(up), dense_side(down), dout.contiguous()
     (T, K), E = index.shape, up.shape[0]
     likes = (x, weight, up_a, up_b, down_a, down_b)
     if T == 0:

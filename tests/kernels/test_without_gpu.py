@@ -71,9 +71,9 @@ def test_a_norm_after_each_expert_falls_back(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     module = next(m for m in small_mixtral().modules() if hasattr(m, "has_post_expert_norm"))
     module.has_post_expert_norm = True
-    assert "has_post_expert_norm" in experts._reason_to_fall_back(module, torch.zeros(1, 32))
+    assert "has_post_expert_norm" in experts.reason_to_fall_back(module, torch.zeros(1, 32))
     module.has_post_expert_norm = False
-    assert experts._reason_to_fall_back(module, torch.zeros(1, 32)) is None
+    assert experts.reason_to_fall_back(module, torch.zeros(1, 32)) is None
 
 
 def test_every_gate_in_the_table_is_a_gate_of_transformers():
