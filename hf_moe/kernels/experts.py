@@ -38,8 +38,9 @@ _ACTIVATIONS: dict[Any, tuple[str, float]] = {
     hf_activations.ReLUSquaredActivation: ("relu2", 1.0),
 }
 
-# Gates of Transformers' models that differ from the default: the class, then the attributes that hold its numbers.
+# Experts of Transformers with a gate of their own: the class, then the attributes that hold its numbers.
 _GATES: dict[str, dict[str, Any]] = {
+    "beam.modeling_beam.BeamExperts": {},
     "gpt_oss.modeling_gpt_oss.GptOssExperts": {
         "alpha": "alpha",
         "limit": "limit",
@@ -84,11 +85,14 @@ def gating_of(module: Any) -> "Gating | None":
     numbers = _GATES.get(where)
     if numbers is None:
         return None
-    act = ("swish", getattr(module, numbers["alpha"])) if "alpha" in numbers else known or ("swish", 1.0)
+    if not hasattr(module, "act_fn"):
+        known = "swish", getattr(module, numbers["alpha"]) if "alpha" in numbers else 1.0
+    if known is None:
+        return None
     return Gating(
-        act=act[0],
-        alpha=act[1],
-        limit=getattr(module, numbers["limit"]),
+        act=known[0],
+        alpha=known[1],
+        limit=getattr(module, numbers["limit"]) if "limit" in numbers else None,
         up_offset=numbers.get("up_offset", 0.0),
         interleaved=numbers.get("interleaved", False),
     )
