@@ -1,13 +1,9 @@
 """Tensor and pipeline parallelism: two gloo processes against one, for every variant of the model."""
 
-import os
-import socket
-import traceback
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import needs_gloo, run_on_ranks
 from tiny import VARIANTS, random_ids, tiny_model
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -58,34 +54,19 @@ def check_pipeline(folder, name):
             close(name, logits, one(ids).logits)
 
 
-def run_rank(rank, port, folder, checks, errors):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
-    os.environ["MASTER_PORT"] = str(port)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        for check, name in checks:
-            check(f"{folder}/{name}", name)
-    except BaseException:
-        errors.put(traceback.format_exc())
-        raise
-    dist.destroy_process_group()
+def check_all(rank, folder, checks):
+    dist.init_process_group("gloo")
+    for check, name in checks:
+        check(f"{folder}/{name}", name)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 def test_two_processes_equal_one(tmp_path):
     for name, (variant, changes) in TENSOR.items():
         tiny_model(variant, **changes).save_pretrained(tmp_path / name)
     checks = [(check_tensor_parallel, name) for name in TENSOR]
     checks += [(check_pipeline, "deepseek_v3"), (check_pipeline, "gqa")]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    errors = mp.get_context("spawn").SimpleQueue()
-    try:
-        mp.spawn(run_rank, (port, tmp_path, checks, errors), nprocs=2)
-    except mp.ProcessRaisedException:
-        pytest.fail(errors.get())
+    run_on_ranks(check_all, 2, tmp_path, checks)
 
 
 @pytest.mark.parametrize(
