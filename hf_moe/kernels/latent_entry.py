@@ -36,13 +36,13 @@ def _enter_kernel(
     sin = tl.load(sin_ptr + b * cos_b + s * cos_s + i, mask=i < P // 2, other=0.0).to(tl.float32)
     if tl.program_id(1) < tl.num_programs(1) - 1:
         h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        source = query_ptr + (t * H + h[:, None]) * (N + P)
-        target = rotated_ptr + ((b * H + h[:, None]) * S + s) * (N + P)
+        query = query_ptr + (t * H + h[:, None]) * (N + P)
+        rotated = rotated_ptr + ((b * H + h[:, None]) * S + s) * (N + P)
         if N > 0:
             n = tl.arange(0, BLOCK_N)
             keep = (h[:, None] < H) & (n < N)
-            tl.store(target + n, tl.load(source + n, mask=keep), mask=keep)
-        _rotate(source + N, target + N, i, (h[:, None] < H) & (i < P // 2), cos, sin, P, INTERLEAVE)
+            tl.store(rotated + n, tl.load(query + n, mask=keep), mask=keep)
+        _rotate(query + N, rotated + N, i, (h[:, None] < H) & (i < P // 2), cos, sin, P, INTERLEAVE)
     else:
         slot = s
         if HAS_SLOT:
@@ -57,8 +57,8 @@ def _enter_kernel(
             latent = (weight.to(tl.float32) * normed.to(tl.float32)).to(latent.dtype)
         tl.store(latent_ptr + b * latent_b + slot * latent_l + c, latent, mask=c < C)
         g = tl.arange(0, BLOCK_G)
-        target = k_rot_ptr + b * k_rot_b + slot * k_rot_l + g[:, None] * P
-        _rotate(row + C + g[:, None] * P, target, i, (g[:, None] < G) & (i < P // 2), cos, sin, P, INTERLEAVE)
+        k_rot = k_rot_ptr + b * k_rot_b + slot * k_rot_l + g[:, None] * P
+        _rotate(row + C + g[:, None] * P, k_rot, i, (g[:, None] < G) & (i < P // 2), cos, sin, P, INTERLEAVE)
 
 
 def latent_entry(
