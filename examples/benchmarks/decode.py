@@ -1,10 +1,11 @@
 """Time decode steps of a whole model, through `generate`, beside Transformers' DeepseekV3 on the same weights.
 
-    python examples/benchmarks/decode.py --size v2-lite --cases 1x1024 1x65536 16x8192 64x4096
+    python examples/benchmarks/decode.py --size v2-lite --cases 1x1024 16x8192
 
-Both models are checked against each other before anything is timed. A case BATCHxCONTEXT begins with a cache of random
+Both models are checked against each other before anything is timed. Row "generate" is the very first call, cold, with
+nothing but defaults: `first_call_s` for a prompt and 16 tokens. A case BATCHxCONTEXT begins with a cache of random
 latents; its time a step is that of a long call of `generate` less that of a short one, and `first_call_s` that of the
-first call of the case. Results go to examples/benchmarks/results/decode-<gpu>.json.
+first call of the case. Results go to examples/benchmarks/results/decode-<gpu>.json; plot_decode.py draws them.
 
 Letters: B batch, L cached tokens, C latent width, P rotary width, E experts, K experts a token.
 """
@@ -62,6 +63,7 @@ COMMON = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+CASES = "1x1024 1x4096 1x16384 1x65536 16x4096 64x4096 16x8192"
 IMPLEMENTATIONS = ("hf_moe", "transformers-dynamic", "transformers-static")
 BYTES_PER_S = {"h100": 3.0e12, "h200": 4.26e12}  # of a large copy, read and written; elsewhere there is no floor
 
@@ -142,12 +144,13 @@ def wait(device: str) -> None:
 
 @torch.no_grad()
 def measure(name: str, model, batch: int, context: int, steps: int, device: str) -> dict:
-    """Milliseconds a step, and memory above weights and cache, of one case."""
+    """Milliseconds a step, and memory above weights and cache, of one case; long calls are to take some 3 seconds."""
+    room = steps + 9
     static = name != "transformers-dynamic" and (device == "cuda" or name != "hf_moe")
     ids = torch.randint(0, model.config.vocab_size, (batch, context + 1), device=device)
 
     def seconds(new: int) -> float:
-        cache = filled_cache(model, static, batch, context, steps + 9)
+        cache = filled_cache(model, static, batch, context, room)
         wait(device)
         begin = time.perf_counter()
         model.generate(
@@ -160,15 +163,26 @@ def measure(name: str, model, batch: int, context: int, steps: int, device: str)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     short = min(seconds(8) for _ in range(2))
+    a_step = max((seconds(24) - short) / 16, 1e-4)
+    steps = max(16, min(steps, int(3.0 / a_step)))
     long = min(seconds(steps + 8) for _ in range(2))
     ms = (long - short) / steps * 1000
     row = {"ms_per_step": ms, "tokens_per_s": 1000 * batch / ms, "first_call_s": first}
     if device == "cuda":
         width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
-        kept = batch * (context + steps + 9) * width * model.config.num_hidden_layers * model.dtype.itemsize
+        kept = batch * (context + room) * width * model.config.num_hidden_layers * model.dtype.itemsize
         kept += sum(p.nbytes for p in model.parameters())
         row["peak_mib"] = (torch.cuda.max_memory_allocated() - kept) / 2**20
     return row
+
+
+def cold_generate(model, device: str) -> dict:
+    """Seconds of the first call for a prompt of 1,024 tokens and 16 new ones, whatever it compiles included."""
+    ids = torch.randint(0, model.config.vocab_size, (1, 1024), device=device)
+    begin = time.perf_counter()
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+    wait(device)
+    return {"first_call_s": time.perf_counter() - begin}
 
 
 def prefill(model, batch: int, length: int, device: str) -> dict:
@@ -191,11 +205,14 @@ def rows(arguments, models: dict, device: str, label: str) -> Iterator[dict]:
     prompts = [tuple(int(n) for n in case.split("x")) for case in arguments.prefill]
     for name in arguments.implementations:
         model = models[name]
-        for op, batch, context in [("prefill", *p) for p in prompts] + [("decode", *c) for c in cases]:
-            if op == "prefill" and name == "transformers-static":
+        work = [("generate", 1, 1024)] + [("prefill", *p) for p in prompts] + [("decode", *c) for c in cases]
+        for op, batch, context in work:
+            if op != "decode" and name == "transformers-static":
                 continue
             try:
-                if op == "prefill":
+                if op == "generate":
+                    row = cold_generate(model, device)
+                elif op == "prefill":
                     row = prefill(model, batch, context, device)
                 else:
                     row = measure(name, model, batch, context, arguments.steps, device)
@@ -215,10 +232,10 @@ def rows(arguments, models: dict, device: str, label: str) -> Iterator[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SHAPES, default="v2-lite")
-    parser.add_argument("--cases", nargs="*", default=["1x1024", "1x65536", "16x8192", "64x4096"])
+    parser.add_argument("--cases", nargs="*", default=CASES.split())
     parser.add_argument("--prefill", nargs="*", default=["4x4096"])
     parser.add_argument("--implementations", nargs="*", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS[:2]))
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=256, help="at most, in a long call")
     parser.add_argument("--commit", help="of the code that runs; what git says where it is left out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
