@@ -162,6 +162,9 @@ class CapturedGeneration:
     ) -> bool:
         if self.device.type != "cuda" or model_kwargs.get("past_key_values") is not None:
             return False
+        # Nothing else is captured, and Transformers cannot prepare flex attention's masks for a static cache.
+        if self.config._attn_implementation != "sdpa":
+            return False
         if generation_config.cache_implementation is not None or generation_config.use_cache is False:
             return False
         if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from tiny import VARIANTS, random_ids, tiny_model
-from transformers import StaticCache
+from transformers import GenerationConfig, StaticCache
+from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from hf_moe.model import generation_hf_moe
@@ -128,3 +129,13 @@ def test_what_cannot_be_captured_runs_as_it_is(recorder):
     )  # fmt: skip
     assert len(out.hidden_states) == 4
     assert used.captures == 0
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention", "flash_attention_2"])
+def test_a_cache_is_static_by_default_only_where_steps_are_replayed(implementation, monkeypatch):
+    model = tiny_model("gqa")
+    model.config._attn_implementation_internal = implementation
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
+    static = model._static_by_default(GenerationConfig(num_return_sequences=1), {}, GenerationMode.GREEDY_SEARCH, 1, 64)
+    assert static == (implementation == "sdpa")

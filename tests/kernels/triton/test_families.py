@@ -48,7 +48,7 @@ class Sizes:
 
     def __getattr__(self, name: str):
         answers = {
-            "act": self.act, "limit": 0.7, "softcap": 0.7, "alpha": 1.702, "eps": 1e-6,
+            "act": self.act, "limit": 0.75, "softcap": 0.75, "alpha": 1.702, "eps": 1e-6,
             "hidden_size": 24, "intermediate": 16, "expert": 4, "latent_size": 24,
         }  # fmt: skip
         return next(value for part, value in answers.items() if part in name)
@@ -57,8 +57,13 @@ class Sizes:
 def build(name: str, act: str = "silu") -> nn.Module:
     module = getattr(importlib.import_module(KINDS[name]), name)(Sizes(act)).to(DEVICE)
     for i, parameter in enumerate(module.parameters()):
-        parameter.data = normal(*parameter.shape, scale=0.4, seed=i)
+        parameter.data = exact(*parameter.shape, scale=0.4, seed=i)
     return module
+
+
+def exact(*size: int, dtype: torch.dtype = torch.float32, **options) -> torch.Tensor:
+    """Numbers that every dtype holds as they are."""
+    return normal(*size, dtype=torch.bfloat16, **options).to(dtype)
 
 
 def step(module: nn.Module, dtype: torch.dtype, implementation: str) -> dict[str, torch.Tensor]:
@@ -66,10 +71,10 @@ def step(module: nn.Module, dtype: torch.dtype, implementation: str) -> dict[str
     module = module.to(dtype)
     module.config._experts_implementation = implementation
     top = torch.rand(7, 4, generator=torch.Generator().manual_seed(0)).topk(2)
-    leaves = {"x": normal(7, 24, dtype=dtype), "weight": top.values.to(DEVICE, dtype)}
+    leaves = {"x": exact(7, 24, dtype=dtype), "weight": top.values.bfloat16().to(DEVICE, dtype)}
     leaves = {key: value.requires_grad_() for key, value in leaves.items()} | dict(module.named_parameters())
     out = module(leaves["x"], top.indices.to(DEVICE), leaves["weight"])
-    gradients = torch.autograd.grad(out, list(leaves.values()), normal(*out.shape, dtype=dtype, seed=7))
+    gradients = torch.autograd.grad(out, list(leaves.values()), exact(*out.shape, dtype=dtype, seed=7))
     return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
 
 

@@ -12,8 +12,12 @@ pytestmark = [
     pytest.mark.skipif(
         not torch.cuda.is_available(), reason="needs a GPU: these tests are about its own tiles and graphs"
     ),
-    # PyTorch's own remarks: that the debug mode is a prototype, and that Inductor would like tf32.
-    pytest.mark.filterwarnings("ignore:Synchronization debug:UserWarning", "ignore:TensorFloat32:UserWarning"),
+    # PyTorch's own remarks: that the debug mode is a prototype, that Inductor would like tf32, and on its imports.
+    pytest.mark.filterwarnings(
+        "ignore:Synchronization debug:UserWarning",
+        "ignore:TensorFloat32:UserWarning",
+        "ignore:.torch.jit:DeprecationWarning",
+    ),
 ]
 
 # Rows an expert: 12, 64, 500 and 2,000, so that every bucket of the tile tables is walked, with many tiles a program.
