@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from .divergence import Head, divergence, divergence_of_logits
+from .uniform import can_be_padded, copy_back, padded
 
 TRAINED = {"attention": "the attention's weights and the norms in it", "all": "every weight"}
 
@@ -238,8 +239,9 @@ def heal(
     if not len(rows):
         raise ValueError(f"the text is shorter than length={options.length} tokens")
     on_gpu, steps = torch.cuda.is_available(), options.steps
-    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    select_parameters(model, options.train)
+    trained = padded(model) if can_be_padded(model.config) else model
+    frozen = {name: parameter.requires_grad for name, parameter in trained.named_parameters()}
+    select_parameters(trained, options.train)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -264,7 +266,7 @@ def heal(
         seed=options.seed,
     )
     trainer = HealingTrainer(
-        model,
+        trained,
         arguments,
         train_dataset=Rows(rows),
         callbacks=[_Report(report)] if report else None,
@@ -274,10 +276,12 @@ def heal(
     )
     trainer.remove_callback(PrinterCallback)
     last = get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None
-    with compiled_layers(model, source) if on_gpu else _as_is():
+    with compiled_layers(trained, source) if on_gpu else _as_is():
         trainer.train(resume_from_checkpoint=last)
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.named_parameters():
         parameter.requires_grad_(frozen[name])
+    if trained is not model:
+        copy_back(trained, model)
     per_step = options.batch * options.length
     return [[entry["step"] * per_step, entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -14,21 +14,15 @@ import torch
 from ..model.configuration_hf_moe import HfMoeConfig
 
 
-def is_uniform(config: Any) -> bool:
-    """Whether all layers have the same latent and rotary width; another class's model is taken to be so."""
-    if not isinstance(config, HfMoeConfig):
-        return True
-    return len(set(config.latent_widths)) == 1 and len(set(config.rotary_widths)) == 1
+def can_be_padded(config: Any) -> bool:
+    """Whether a model is of ours and has layers of several shapes; not behind a norm, whose mean zeros would change."""
+    if not isinstance(config, HfMoeConfig) or config.kv_a_layernorm:
+        return False
+    return len(set(config.latent_widths)) > 1 or len(set(config.rotary_widths)) > 1
 
 
 def uniform_config(config: HfMoeConfig) -> HfMoeConfig:
-    """The configuration with every layer as wide as the widest; added pairs rotate at the table's first frequency.
-
-    Raises:
-        ValueError: a norm of latents whose widths differ: zeros would change its mean.
-    """
-    if config.kv_a_layernorm and len(set(config.latent_widths)) > 1:
-        raise ValueError(f"latents of widths {config.latent_widths} behind a norm cannot be padded with zeros")
+    """The configuration with every layer as wide as the widest; added pairs rotate at the table's first frequency."""
     latent, rotary = max(config.latent_widths), max(config.rotary_widths)
     fields = config.to_dict() | {"kv_lora_rank": latent, "kv_lora_ranks": None, "qk_rope_head_dim": rotary}
     if config.rope_frequencies is not None:
@@ -68,8 +62,6 @@ def _split(name: str) -> tuple[int, str] | None:
 def padded(model: Any) -> Any:
     """A copy of an `HfMoeForCausalLM` with layers of one shape: the same logits.
 
-    Raises:
-        ValueError: as `uniform_config`.
     Cost: memory of a second model.
     """
     wide = type(model)(uniform_config(model.config)).to(device=model.device, dtype=model.dtype)
