@@ -287,7 +287,7 @@ def rope_of(config: Any, shape: Shape) -> tuple[dict[str, Any], float, float]:
             "long_factor": inverse_of(long)[columns].tolist(),
         },
         1.0,
-        ratio,
+        ratio if shape.nope else 1.0,
     )
 
 

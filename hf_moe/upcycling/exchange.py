@@ -73,6 +73,42 @@ def export(
     return _write(source, target, layout.model_type, fields, tensors, progress)
 
 
+def measure_export(folder: str | Path, out: str | Path, *, tokens: int = 512, progress: bool = True) -> dict[str, Any]:
+    """How far an exported model is from ours: both run in fp32, on Python's language reference or random tokens.
+
+    Returns:
+        tokens, text, max_abs_difference, mean_abs_difference and top1_agreement of the logits; greedy_tokens and
+        whether they are equal.
+    Cost: both models in fp32, one after the other.
+    """
+    import gc
+
+    from transformers import AutoModelForCausalLM
+
+    from .verification import load_target, quiet_loading, run, token_ids
+
+    source, runs = MixtureSource(str(folder)), []
+    ids, text = token_ids(source, source.path, None, min(tokens, source.config["max_position_embeddings"]))
+    with quiet_loading():
+        for name, load in (
+            ("running the model", lambda: load_target(source.path)),
+            ("running the export", lambda: AutoModelForCausalLM.from_pretrained(out, dtype="float32").eval()),
+        ):
+            runs.append(run(load(), ids, 16, name, progress))
+            gc.collect()
+    ours, theirs = runs
+    difference = (theirs.logits - ours.logits).abs()
+    return {
+        "tokens": len(ours.logits),
+        "text": text,
+        "max_abs_difference": difference.max().item(),
+        "mean_abs_difference": difference.mean().item(),
+        "top1_agreement": (theirs.logits.argmax(-1) == ours.logits.argmax(-1)).double().mean().item(),
+        "greedy_tokens": len(ours.greedy),
+        "greedy_equal": ours.greedy == theirs.greedy,
+    }
+
+
 def import_mixture(folder: str | Path, out: str | Path, *, progress: bool = True) -> Path:
     """Read a Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE or DeepSeek-V3 folder or Hub id as a model of ours: latents, exact.
 

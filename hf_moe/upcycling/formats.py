@@ -316,3 +316,13 @@ def _cell(feature: str, layout: Format) -> str:
     if len(right) < len(ENGINES):
         return ", ".join(right)
     return "needed" if feature in layout.needs else "yes"
+
+
+def misreadings() -> list[str]:
+    """Sentences of what `obstacle` refuses for an engine's sake, those of several engines together."""
+    engines: dict[str, list[str]] = {}
+    for layout in FORMATS.values():
+        for engine, reasons in layout.misread.items():
+            for feature, reason in reasons.items():
+                engines.setdefault(f"{feature} in {layout.model_type}: {reason}", []).append(engine)
+    return [f"{', '.join(names)}: {sentence}" for sentence, names in engines.items()]
