@@ -257,12 +257,13 @@ def rope_of(config: Any, shape: Shape) -> tuple[dict[str, Any], float, float]:
     from ..model.configuration_hf_moe import HfMoeConfig
     from ..model.rotary_hf_moe import HfMoeRotaryEmbedding
 
-    rope, scale = dict(config.rope_parameters), softmax_scale(config, config.layer_types[0])
+    layer_type = config.layer_types[0]
+    rope, scale = dict(config.rope_parameters), softmax_scale(config, layer_type)
     stock_scale = (shape.nope + shape.rotary) ** -0.5
     if not shape.table:
         # The stock class multiplies by yarn's factor as ours does.
         own = HfMoeConfig(**config.to_dict() | {"softmax_scale": None})
-        stock_scale *= softmax_scale(own, own.layer_types[0]) * own.qk_head_dim**0.5
+        stock_scale *= softmax_scale(own, layer_type) * own.qk_head_dim**0.5
     # A hair beside one is the rounding of the powers.
     ratio = 1.0 if abs(scale / stock_scale - 1) < 1e-12 else scale / stock_scale
     if not shape.table:

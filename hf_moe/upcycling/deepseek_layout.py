@@ -4,7 +4,7 @@ The exported configuration carries ours under `MARKER`, so that a folder that no
 bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -64,7 +64,7 @@ class StockLayout:
             MARKER: {key: value for key, value in config.to_diff_dict().items() if key not in ("auto_map", "dtype")},
         }
 
-    def outward(self, headers: dict[str, TensorHeader]) -> Iterator[TargetTensor]:
+    def outward(self, headers: Mapping[str, TensorHeader]) -> Iterator[TargetTensor]:
         """All stock tensors, from the headers of ours and in their order."""
         begun = set()
         for name, header in headers.items():
@@ -78,7 +78,7 @@ class StockLayout:
             if name.endswith(".mlp.gate.weight"):
                 yield from self._mixture(name.removesuffix("gate.weight"), headers)
 
-    def _attention(self, layer: int, headers: dict[str, TensorHeader]) -> Iterator[TargetTensor]:
+    def _attention(self, layer: int, headers: Mapping[str, TensorHeader]) -> Iterator[TargetTensor]:
         config, prefix = self.config, f"model.layers.{layer}.self_attn."
         hidden = config.hidden_size
         yield from self._queries(layer, prefix, headers)
@@ -106,7 +106,7 @@ class StockLayout:
         elif self.biased:
             yield self._filled(bias, (hidden,), layer, 0.0)
 
-    def _queries(self, layer: int, prefix: str, headers: dict[str, TensorHeader]) -> Iterator[TargetTensor]:
+    def _queries(self, layer: int, prefix: str, headers: Mapping[str, TensorHeader]) -> Iterator[TargetTensor]:
         config, hidden = self.config, self.config.hidden_size
         arguments = self._query_places(layer) | {"scale": self.scale, "free_scale": self.free_scale}
         size, exact = self._query_size(), self.scale == self.free_scale == 1
@@ -140,22 +140,23 @@ class StockLayout:
         else:
             yield self._make(name, shape, "stock_query", [name], layer, headers, exact, **arguments)
 
-    def _mixture(self, prefix: str, headers: dict[str, TensorHeader]) -> Iterator[TargetTensor]:
+    def _mixture(self, prefix: str, headers: Mapping[str, TensorHeader]) -> Iterator[TargetTensor]:
         """What the stock mixture has besides: a selection bias, and a shared expert, which may be of zeros."""
         config, layer = self.config, layer_of(prefix)
-        added = {}
+        added: dict[str, tuple[str, tuple[int, ...]]] = {}
         if config.topk_method != "noaux_tc":
             added["gate.e_score_correction_bias"] = ("F32", (config.n_routed_experts,))
         if not config.shared_width:
             hidden, width = config.hidden_size, config.moe_intermediate_size
-            for name, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
-                dtype = headers[f"{prefix}experts.0.{name}_proj.weight"].dtype
-                added[f"shared_experts.{name}_proj.weight"] = (dtype, shape)
+            for role in ("gate", "up", "down"):
+                dtype = headers[f"{prefix}experts.0.{role}_proj.weight"].dtype
+                shape: tuple[int, ...] = (hidden, width) if role == "down" else (width, hidden)
+                added[f"shared_experts.{role}_proj.weight"] = (dtype, shape)
         for name, (dtype, shape) in added.items():
             arguments = (("shape", list(shape)), ("value", 0.0))
             yield TargetTensor(prefix + name, shape, dtype, "filled", (), arguments, layer)
 
-    def inward(self, headers: dict[str, TensorHeader]) -> Iterator[TargetTensor]:
+    def inward(self, headers: Mapping[str, TensorHeader]) -> Iterator[TargetTensor]:
         """All of our tensors, from the headers of the stock ones and in their order."""
         begun = set()
         for name, header in headers.items():
@@ -173,7 +174,7 @@ class StockLayout:
             return self.config.topk_method != "noaux_tc"
         return ".shared_experts." in name and not self.config.shared_width
 
-    def _own_attention(self, layer: int, headers: dict[str, TensorHeader]) -> Iterator[TargetTensor]:
+    def _own_attention(self, layer: int, headers: Mapping[str, TensorHeader]) -> Iterator[TargetTensor]:
         config, prefix, hidden = self.config, f"model.layers.{layer}.self_attn.", self.config.hidden_size
         rank, keys = self.shape.ranks[layer], config.num_key_value_heads * config.rotary_widths[layer]
         queries, arguments = self.queries[layer], self._query_places(layer)
@@ -192,7 +193,8 @@ class StockLayout:
             for name in ("q_a_proj.weight", *(["q_a_proj.bias"] if config.q_bias else [])):
                 yield self._rows(prefix + name, prefix + name, width, layer, headers)
             if config.q_a_layernorm:
-                yield self._rows(*[f"{prefix}q_a_layernorm.weight"] * 2, width, layer, headers)
+                name = f"{prefix}q_a_layernorm.weight"
+                yield self._rows(name, name, width, layer, headers)
             name = f"{prefix}q_b_proj.weight"
             yield self._make(name, (queries, width), "own_query", [name], layer, headers, columns=width, **arguments)
         places = self._latent_places(layer) | {"latent": self.latent}
@@ -222,7 +224,7 @@ class StockLayout:
         pairs, union = list(self.shape.pairs[layer]), len(self.shape.union)
         return {"groups": self.shape.groups, "pairs": pairs, "union": union, "interleave": self.shape.interleave}
 
-    def _rows(self, name: str, theirs: str, rows: int, layer: int, headers: dict[str, TensorHeader]) -> TargetTensor:
+    def _rows(self, name: str, theirs: str, rows: int, layer: int, headers: Mapping[str, TensorHeader]) -> TargetTensor:
         header = headers[theirs]
         part = Part(theirs) if rows == header.shape[0] else Part(theirs, 0, rows)
         return TargetTensor(name, (rows, *header.shape[1:]), header.dtype, "copy", (part,), (), layer)
@@ -238,7 +240,7 @@ class StockLayout:
         rule: str,
         parts: list[str],
         layer: int,
-        headers: dict[str, TensorHeader],
+        headers: Mapping[str, TensorHeader],
         exact: bool = True,
         **arguments: Any,
     ) -> TargetTensor:

@@ -61,7 +61,7 @@ def heal(
         raise ValueError(f"{folder} holds a {kind.get('model_type')!r} model; only hf_moe models are healed")
     rows, heldout_rows = _rows(text, heldout, folder, options.length)
     partial = partial_folder(target)
-    settings = {"source": opened.title, "model": str(folder.absolute()), "text": [str(t) for t in text]}
+    settings: dict[str, Any] = {"source": opened.title, "model": str(folder.absolute()), "text": [str(t) for t in text]}
     settings |= {"heldout": str(heldout) if heldout else None, **options.to_dict()}
     _begin(partial, settings, resume)
 
