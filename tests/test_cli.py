@@ -37,7 +37,7 @@ def source(tmp_path):
 def test_help_names_every_command():
     status, output, _ = call("--help")
     assert status == 0
-    for command in ("plan", "export", "import", "upcycle", "verify", "tune", "inspect", "push", "demo"):
+    for command in ("plan", "export", "import", "upcycle", "verify", "tune", "inspect", "heal", "push", "demo"):
         assert command in output
         assert call(command, "--help")[0] == 0
 

@@ -5,7 +5,7 @@ Nothing heavy stands at the top: `hf_moe_command` starts this module without the
 """
 
 # The modules' commands enter `app` when they are imported.
-from . import conversion, exchange, experts
+from . import conversion, exchange, experts, healing
 from .app import app, one_sentence
 
-__all__ = ["app", "conversion", "exchange", "experts", "one_sentence"]
+__all__ = ["app", "conversion", "exchange", "experts", "healing", "one_sentence"]

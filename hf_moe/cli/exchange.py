@@ -10,7 +10,7 @@ from .app import Quiet, app, one_sentence
 
 def _matrix() -> str:
     """What each format holds, a line for each feature."""
-    from ..upcycling.formats import matrix
+    from ..upcycling.formats import matrix, misreadings
 
     (_, *formats), *rows = matrix()
     return "\n\n".join(
@@ -19,6 +19,7 @@ def _matrix() -> str:
             f"{name}: " + ", ".join(f"{f} {cell}" for f, cell in zip(formats, cells, strict=True))
             for name, *cells in rows
         ]
+        + ["[bold]What an engine would misread[/bold] (refused with --engine):", *misreadings()]
     )
 
 
@@ -28,13 +29,25 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to make. It appears when it is complete.")],
     to: Annotated[str, typer.Option(help="mixtral, qwen3_moe or deepseek_v3.")],
     engine: Annotated[str, typer.Option(help="Who will serve it: transformers, vllm or sglang.")] = "transformers",
+    measure: Annotated[
+        bool, typer.Option(help="Run both models afterwards, in float32, and say how far their logits are apart.")
+    ] = True,
     quiet: Quiet = False,
 ) -> None:
     """Write a model as one of Transformers' own classes, which needs nothing of this package."""
     with one_sentence(resumable=True):
         from ..upcycling.exchange import export as run
+        from ..upcycling.exchange import measure_export
 
         typer.echo(f"{run(folder, out, to, engine=engine, progress=not quiet)} is ready.")
+        if measure:
+            found = measure_export(folder, out, progress=not quiet)
+            same = "the same" if found["greedy_equal"] else "not the same"
+            typer.echo(f"  {found['tokens']} tokens of {found['text']}, float32, by Transformers:")
+            typer.echo(
+                f"  max |Δlogit| {found['max_abs_difference']:.2e}, mean {found['mean_abs_difference']:.2e}, "
+                f"top-1 agreement {found['top1_agreement']:.2%}, {found['greedy_tokens']} greedy tokens {same}"
+            )
 
 
 @app.command(name="import")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .convert import upcycle
     from .exchange import export, import_mixture
+    from .healed import heal
     from .layout import make_plan
     from .options import Options
     from .plan import Plan
@@ -22,6 +23,7 @@ _HOMES = {
     "Plan": "plan",
     "VerificationError": "verification",
     "export": "exchange",
+    "heal": "healed",
     "import_mixture": "exchange",
     "make_plan": "layout",
     "open_source": "sources",
@@ -45,6 +47,7 @@ __all__ = [
     "Plan",
     "VerificationError",
     "export",
+    "heal",
     "import_mixture",
     "make_plan",
     "open_source",

@@ -157,6 +157,37 @@ def add_measurements(folder: Path, certificate: dict[str, Any]) -> None:
     path.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{rest.split(_END, 1)[1]}", encoding="utf-8")
 
 
+def add_healing(folder: Path, record: dict[str, Any]) -> None:
+    """Put what healing has measured before the card's licence; what `verify` measured of the older weights goes."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if "## Licence" not in text:
+        return
+    if _BEGIN in text and _END in text:
+        before, rest = text.split(_BEGIN, 1)
+        text = f"{before}{_BEGIN}\n{_END}{rest.split(_END, 1)[1]}"
+    settings, before, after = record["settings"], record["before"], record["after"]
+    rows = [
+        ("KL from the source, nats a token", f"{before['kl']:.4f}", f"{after['kl']:.4f}"),
+        ("same most likely token", f"{before['top1']:.2%}", f"{after['top1']:.2%}"),
+        (f"perplexity (the source's is {after['ppl_source']:.3f})", f"{before['ppl']:.3f}", f"{after['ppl']:.3f}"),
+    ]
+    table = "\n".join(
+        [
+            "## Healed",
+            "",
+            f"Trained on {settings['tokens']:,} tokens towards the source's distribution ({settings['train']}); "
+            f"measured on {after['tokens']:,} tokens that it was not trained on.",
+            "",
+            "| | before | after |",
+            "|---|---|---|",
+            *(f"| {name} | {a} | {b} |" for name, a, b in rows),
+        ]
+    )
+    text = text.split("## Healed")[0] + "## Licence" + text.split("## Licence")[1] if "## Healed" in text else text
+    path.write_text(text.replace("## Licence", f"{table}\n\n## Licence"), encoding="utf-8")
+
+
 def command_line(plan: Plan, source: Source, name: str) -> str:
     """The command that makes this model again."""
     options = plan.options

@@ -11,6 +11,7 @@ from typing import Any
 
 from .card import write_exchange_card
 from .convert import PROVENANCE_NAME, build, check_target, copy_model_files, copy_tokenizer, provenance
+from .deepseek_layout import MARKER, StockLayout, experts_alike, is_unchanged
 from .families import Part, check_activation
 from .formats import ENGINES, MIXTURES, Format, Mixture, format_of
 from .headers import INDEX_NAME, read_folder
@@ -55,13 +56,57 @@ def export(
     target, source, layout = check_target(out), MixtureSource(str(folder)), format_of(to)
     if source.model_type != "hf_moe":
         raise ValueError(f"{folder} holds a {source.model_type!r} model; export starts from hf_moe")
-    if obstacle := layout.obstacle(source.config, engine):
+    used: dict[str, Any] = dict(source.config)
+    if layout.latent and used["scoring_func"] == "softmax":
+        # It reads all experts, so only where the answer decides.
+        used["experts_alike"] = experts_alike(source, _configuration("hf_moe", used))
+    if obstacle := layout.obstacle(used, engine):
         raise ValueError(f"{source.title} cannot be exported: {obstacle}")
-    if "grouped-query attention" in layout.needs:
-        _check_selection(source)
     fields = layout.fields(source.config) | {"architectures": [layout.architecture], "model_type": layout.model_type}
-    tensors = [_copy(source, theirs, part) for theirs, part in _outward(source, layout)]
+    if layout.latent:
+        stock = _stock_layout(source)
+        fields |= stock.fields()
+        tensors = list(stock.outward(source.headers))
+    else:
+        _check_selection(source)
+        tensors = [_copy(source, theirs, part) for theirs, part in _outward(source, layout)]
     return _write(source, target, layout.model_type, fields, tensors, progress)
+
+
+def measure_export(folder: str | Path, out: str | Path, *, tokens: int = 512, progress: bool = True) -> dict[str, Any]:
+    """How far an exported model is from ours: both run in fp32, on Python's language reference or random tokens.
+
+    Returns:
+        tokens, text, max_abs_difference, mean_abs_difference and top1_agreement of the logits; greedy_tokens and
+        whether they are equal.
+    Cost: both models in fp32, one after the other.
+    """
+    import gc
+
+    from transformers import AutoModelForCausalLM
+
+    from .verification import load_target, quiet_loading, run, token_ids
+
+    source, runs = MixtureSource(str(folder)), []
+    ids, text = token_ids(source, source.path, None, min(tokens, source.config["max_position_embeddings"]))
+    with quiet_loading():
+        for name, load in (
+            ("running the model", lambda: load_target(source.path)),
+            ("running the export", lambda: AutoModelForCausalLM.from_pretrained(out, dtype="float32").eval()),
+        ):
+            runs.append(run(load(), ids, 16, name, progress))
+            gc.collect()
+    ours, theirs = runs
+    difference = (theirs.logits - ours.logits).abs()
+    return {
+        "tokens": len(ours.logits),
+        "text": text,
+        "max_abs_difference": difference.max().item(),
+        "mean_abs_difference": difference.mean().item(),
+        "top1_agreement": (theirs.logits.argmax(-1) == ours.logits.argmax(-1)).double().mean().item(),
+        "greedy_tokens": len(ours.greedy),
+        "greedy_equal": ours.greedy == theirs.greedy,
+    }
 
 
 def import_mixture(folder: str | Path, out: str | Path, *, progress: bool = True) -> Path:
@@ -74,10 +119,33 @@ def import_mixture(folder: str | Path, out: str | Path, *, progress: bool = True
     if source.model_type == "hf_moe":
         raise ValueError(f"{folder} holds an 'hf_moe' model already")
     layout = MIXTURES[str(source.model_type)]
-    fields = _inward_fields(source, layout)
+    if own := own_form(source):
+        fields, tensors = own
+    else:
+        fields = _inward_fields(source, layout)
+        tensors = list(_inward(source, layout, fields))
     check_activation(fields["hidden_act"])
-    tensors = list(_inward(source, layout, fields))
     return _write(source, target, "hf_moe", fields, tensors, progress)
+
+
+def _stock_layout(source: MixtureSource) -> StockLayout:
+    dtype = source.headers["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].dtype
+    return StockLayout(_configuration("hf_moe", dict(source.config)), dtype)
+
+
+def own_form(source: MixtureSource) -> tuple[dict[str, Any], list[TargetTensor]] | None:
+    """The model that `export` wrote as DeepSeek-V3, where its zeros and constants are still what they were.
+
+    Cost: reads the attention, and all experts where the router is of the softmax kind.
+    """
+    if MARKER not in source.config:
+        return None
+    fields = dict(source.config[MARKER])
+    config = _configuration("hf_moe", fields)
+    dtype = source.headers["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].dtype
+    stock = StockLayout(config, dtype)
+    tensors = list(stock.inward(source.headers))
+    return (fields, tensors) if is_unchanged(source, stock, tensors) else None
 
 
 def _check_selection(source: MixtureSource) -> None:
@@ -99,14 +167,13 @@ def _check_selection(source: MixtureSource) -> None:
 
 
 def _outward(source: MixtureSource, layout: Format) -> Iterator[tuple[str, Part]]:
-    """Their name and our part, in the order of our files' headers."""
+    """Their name and our part, in the order of our files' headers, of a class with grouped-query attention."""
     latent = source.config["kv_lora_rank"]
-    grouped = "grouped-query attention" in layout.needs
     for name, header in source.headers.items():
-        if grouped and ".kv_a_proj_with_mqa." in name:
+        if ".kv_a_proj_with_mqa." in name:
             yield name.replace("kv_a_proj_with_mqa", "v_proj"), Part(name, 0, latent)
             yield name.replace("kv_a_proj_with_mqa", "k_proj"), Part(name, latent, header.shape[0])
-        elif not (grouped and ".kv_b_proj." in name):
+        elif ".kv_b_proj." not in name:
             yield _renamed(name, layout), Part(name)
 
 

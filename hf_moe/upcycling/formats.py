@@ -25,42 +25,61 @@ def _dense_first(c: Fields) -> bool:
     return kinds == sorted(kinds)
 
 
-# Feature → whether a configuration of the target (HfMoeConfig as a dictionary) uses it.
+def _latent_norms(c: Fields) -> bool:
+    return c["kv_a_layernorm"] or bool(c["q_lora_rank"] and c["q_a_layernorm"])
+
+
+def _sparse(c: Fields) -> bool:
+    return "sparse" in c["mlp_layer_types"]
+
+
+# Feature → whether a configuration of the target (HfMoeConfig as a dictionary) uses it. `experts_alike` is the
+# exporter's: whether every router chooses among copies only.
 FEATURES: dict[str, Callable[[Fields], bool]] = {
     "grouped-query attention": lambda c: not c["kv_a_layernorm"],
-    "latent attention": lambda c: c["kv_a_layernorm"],
+    "latents behind a norm": lambda c: c["kv_a_layernorm"],
+    "several rotary keys": lambda c: c["num_key_value_heads"] > 1,
     "several rotary keys beside a normed latent": lambda c: c["kv_a_layernorm"] and c["num_key_value_heads"] > 1,
     "position-free keys in a latent without norm": lambda c: not c["kv_a_layernorm"] and c["qk_nope_head_dim"] > 0,
+    "latent widths that differ by layer": lambda c: len(set(c.get("kv_lora_ranks") or [0])) > 1,
+    "rotary frequencies by layer": lambda c: c.get("rope_frequencies") is not None,
     "query or key bias": lambda c: c["q_bias"] or c["kv_bias"],
     "output bias": lambda c: c["o_bias"],
     "norms a query and key head": lambda c: c["qk_norm"] == "head",
     "norms over all query and key heads": lambda c: c["qk_norm"] == "projection",
+    "head size of its own": lambda c: c["v_head_dim"] * c["num_attention_heads"] != c["hidden_size"],
     "sliding window": lambda c: "sliding_attention" in c["layer_types"],
     "sliding and full layers mixed": lambda c: len(set(c["layer_types"])) > 1,
     "a rope for each layer type": _nested_rope,
     "rope on neighbouring pairs": lambda c: c["rope_interleave"],
-    "rope on halves, in latent attention": lambda c: c["kv_a_layernorm"] and not c["rope_interleave"],
     "rope scaling other than yarn": lambda c: bool(_rope_types(c) - {"default", "yarn"}),
+    "rope that changes with the length": lambda c: "dynamic" in _rope_types(c),
     "explicit softmax scale": lambda c: c["softmax_scale"] is not None,
     "score soft-cap": lambda c: c["attn_logit_softcapping"] is not None,
     "logit soft-cap": lambda c: c["final_logit_softcapping"] is not None,
     "attention sinks": lambda c: c["attention_sinks"],
     "norms behind the branches": lambda c: c["norm_placement"] != "pre",
+    "norm epsilon other than 1e-6": lambda c: c["rms_norm_eps"] != 1e-6,
     "embedding multiplier": lambda c: c["embedding_multiplier"] != 1,
     "logits scaling": lambda c: c["logits_scaling"] != 1,
-    "latent norm epsilon other than 1e-6": lambda c: c["kv_a_layernorm"] and c["latent_norm_eps"] != 1e-6,
+    "latent norm epsilon other than 1e-6": lambda c: _latent_norms(c) and c["latent_norm_eps"] != 1e-6,
     "query bottleneck without norm": lambda c: bool(c["q_lora_rank"]) and not c["q_a_layernorm"],
     "dense layers": lambda c: "dense" in c["mlp_layer_types"],
     "dense layers behind sparse ones": lambda c: not _dense_first(c),
+    "no layer with experts": lambda c: "sparse" not in c["mlp_layer_types"],
     "shared experts": lambda c: bool(c["n_shared_experts"] or c["shared_expert_intermediate_size"]),
+    "no shared experts": lambda c: not (c["n_shared_experts"] or c["shared_expert_intermediate_size"]),
     "shared experts of a width of their own": lambda c: bool(c["shared_expert_intermediate_size"]),
     "gated shared experts": lambda c: c["shared_expert_gate"],
-    "softmax router": lambda c: c["scoring_func"] == "softmax",
-    "sigmoid router": lambda c: c["scoring_func"] == "sigmoid",
-    "selection bias": lambda c: c["topk_method"] == "noaux_tc",
-    "expert groups ranked by their best expert": lambda c: c["topk_method"] == "group_limited_greedy",
-    "weights that are not normalised": lambda c: not c["norm_topk_prob"],
-    "routed scaling factor": lambda c: c["routed_scaling_factor"] != 1,
+    "softmax router": lambda c: _sparse(c) and c["scoring_func"] == "softmax",
+    "softmax router of experts that differ": lambda c: (
+        _sparse(c) and c["scoring_func"] == "softmax" and not c.get("experts_alike")
+    ),
+    "sigmoid router": lambda c: _sparse(c) and c["scoring_func"] == "sigmoid",
+    "selection bias": lambda c: _sparse(c) and c["topk_method"] == "noaux_tc",
+    "expert groups ranked by their best expert": lambda c: _sparse(c) and c["topk_method"] == "group_limited_greedy",
+    "weights that are not normalised": lambda c: _sparse(c) and not c["norm_topk_prob"],
+    "routed scaling factor": lambda c: _sparse(c) and c["routed_scaling_factor"] != 1,
 }
 
 
@@ -94,13 +113,14 @@ def _qwen3_moe(c: Fields) -> dict[str, Any]:
 
 
 def _deepseek_v3(c: Fields) -> dict[str, Any]:
-    names = "intermediate_size moe_intermediate_size n_shared_experts n_routed_experts routed_scaling_factor"
-    names += " kv_lora_rank q_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim n_group topk_group norm_topk_prob"
-    names += " rope_interleave"
+    # The attention's are `StockLayout.fields`.
+    names = "intermediate_size moe_intermediate_size n_routed_experts routed_scaling_factor"
+    names += " n_group topk_group norm_topk_prob"
     fields = _common(c) | {name: c[name] for name in names.split()}
     fields.pop("router_aux_loss_coef", None)
     return fields | {
-        "num_key_value_heads": c["num_attention_heads"],
+        # The class always has one; without, it is one of zeros.
+        "n_shared_experts": c["n_shared_experts"] or 1,
         "first_k_dense_replace": c["mlp_layer_types"].count("dense"),
         # Transformers writes none of these; vLLM and SGLang read them, with other defaults.
         "scoring_func": "sigmoid",
@@ -161,8 +181,14 @@ class Format(Mixture):
 
 ENGINES = ("transformers", "vllm", "sglang")
 _DEEPSEEK_SERVERS = {
-    "rope on halves, in latent attention": "it always rotates neighbouring pairs",
+    "grouped-query attention": "the constant that undoes the latent's norm is a bias, and it leaves biases out",
+    "several rotary keys": "they need a table of repeated frequencies, and it reads every scaled rope as yarn",
+    "rotary frequencies by layer": "they may need a table, and it reads every scaled rope as yarn",
+    "query or key bias": "it leaves the attention's biases out",
+    "output bias": "it leaves the attention's biases out",
+    "query bottleneck without norm": "the constant that undoes the norm is a bias, and it leaves biases out",
     "rope scaling other than yarn": "it reads every scaled rope as yarn",
+    "norm epsilon other than 1e-6": "it takes rms_norm_eps for the latent's norm too, Transformers 1e-6",
 }
 FORMATS = {
     row.model_type: row
@@ -171,7 +197,18 @@ FORMATS = {
             "mixtral",
             "MixtralForCausalLM",
             holds=frozenset(
-                {"grouped-query attention", "sliding window", "softmax router", "rope scaling other than yarn"}
+                {
+                    "grouped-query attention",
+                    "several rotary keys",
+                    "head size of its own",
+                    "sliding window",
+                    "rope scaling other than yarn",
+                    "rope that changes with the length",
+                    "norm epsilon other than 1e-6",
+                    "no shared experts",
+                    "softmax router",
+                    "softmax router of experts that differ",
+                }
             ),
             needs=frozenset({"grouped-query attention", "softmax router"}),
             fields=_mixtral,
@@ -186,10 +223,16 @@ FORMATS = {
                 {
                     "grouped-query attention",
                     "norms a query and key head",
+                    "several rotary keys",
+                    "head size of its own",
                     "rope scaling other than yarn",
+                    "rope that changes with the length",
+                    "norm epsilon other than 1e-6",
                     "dense layers",
                     "dense layers behind sparse ones",
+                    "no shared experts",
                     "softmax router",
+                    "softmax router of experts that differ",
                     "weights that are not normalised",
                 }
             ),
@@ -202,19 +245,33 @@ FORMATS = {
             latent=True,
             holds=frozenset(
                 {
-                    "latent attention",
+                    "grouped-query attention",
+                    "latents behind a norm",
+                    "several rotary keys",
+                    "several rotary keys beside a normed latent",
+                    "position-free keys in a latent without norm",
+                    "latent widths that differ by layer",
+                    "rotary frequencies by layer",
+                    "query or key bias",
+                    "output bias",
+                    "head size of its own",
                     "rope on neighbouring pairs",
-                    "rope on halves, in latent attention",
                     "rope scaling other than yarn",
+                    "explicit softmax scale",
+                    "norm epsilon other than 1e-6",
+                    "query bottleneck without norm",
                     "dense layers",
+                    "no layer with experts",
                     "shared experts",
+                    "no shared experts",
+                    "softmax router",
                     "sigmoid router",
                     "selection bias",
                     "weights that are not normalised",
                     "routed scaling factor",
                 }
             ),
-            needs=frozenset({"latent attention", "shared experts", "sigmoid router", "selection bias"}),
+            needs=frozenset(),
             fields=_deepseek_v3,
             misread={"vllm": _DEEPSEEK_SERVERS, "sglang": _DEEPSEEK_SERVERS},
         ),
@@ -242,9 +299,30 @@ def format_of(name: str) -> Format:
 
 
 def matrix() -> list[list[str]]:
-    """The table of features by format: needed, held or refused; for help and README."""
+    """The table of features by format; for help and README.
+
+    A cell is "needed" or "yes" for every engine, the engines that read it right where others would not, or "-".
+    """
     rows = [["feature", *FORMATS]]
     for feature in FEATURES:
-        cells = ["needed" if feature in f.needs else "yes" if feature in f.holds else "-" for f in FORMATS.values()]
-        rows.append([feature, *cells])
+        rows.append([feature, *(_cell(feature, layout) for layout in FORMATS.values())])
     return rows
+
+
+def _cell(feature: str, layout: Format) -> str:
+    if feature not in layout.holds:
+        return "-"
+    right = [engine for engine in ENGINES if feature not in layout.misread.get(engine, {})]
+    if len(right) < len(ENGINES):
+        return ", ".join(right)
+    return "needed" if feature in layout.needs else "yes"
+
+
+def misreadings() -> list[str]:
+    """Sentences of what `obstacle` refuses for an engine's sake, those of several engines together."""
+    engines: dict[str, list[str]] = {}
+    for layout in FORMATS.values():
+        for engine, reasons in layout.misread.items():
+            for feature, reason in reasons.items():
+                engines.setdefault(f"{feature} in {layout.model_type}: {reason}", []).append(engine)
+    return [f"{', '.join(names)}: {sentence}" for sentence, names in engines.items()]

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from . import experts, latent, router
+from . import deepseek, experts, latent, router
 from .families import Part
 from .journal import Journal
 from .plan import Plan, TargetTensor
 from .progress import Advance
 from .sources import Source, torch_dtype
 
-RULES: dict[str, Callable[..., torch.Tensor]] = {**experts.RULES, **latent.RULES, **router.RULES}
+RULES: dict[str, Callable[..., torch.Tensor]] = {**experts.RULES, **latent.RULES, **router.RULES, **deepseek.RULES}
 _BLOCK = 16 * 1024 * 1024
 
 

@@ -192,7 +192,7 @@ def _compare(
     source: Source, folder: Path, text: str | None, tokens: int, new_tokens: int, progress: bool
 ) -> dict[str, Any]:
     ids, description = token_ids(source, folder, text, tokens)
-    with _quiet_loading():
+    with quiet_loading():
         model = load_source(source)
         dense = run(model, ids, new_tokens, "running the source", progress)
         del model
@@ -313,7 +313,7 @@ def _logits(model: Any, hidden: torch.Tensor, advance: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Transformers' own bars for loading would stand between ours."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

@@ -128,7 +128,11 @@ def test_fields_that_servers_read(tmp_path):
         ("llama_biases", {}, "mixtral", "MixtralForCausalLM has no place for: output bias, query or key bias"),
         ("qwen3", {}, "mixtral", "no place for: norms a query and key head"),
         ("llama3", {}, "qwen3_moe", "always has, and this model has not: norms a query and key head"),
-        ("llama3", {}, "deepseek_v3", "no place for: grouped-query attention, softmax router"),
+        ("llama3", {"mode": "drop"}, "deepseek_v3", "no place for: softmax router of experts that differ"),
+        ("llama3", {"mode": "noise", "noise_std": 0.01}, "deepseek_v3", "softmax router of experts that differ"),
+        ("mistral", {}, "deepseek_v3", "no place for: sliding window"),
+        ("gemma3", {}, "deepseek_v3", "norms a query and key head, norms behind the branches, sliding and full"),
+        ("llama3", {"dtype": "float16"}, "deepseek_v3", "float16 has no room for the constant"),
         ("gemma3", {}, "mixtral", "a rope for each layer type, embedding multiplier"),
         ("phi3_partial", {}, "mixtral", "position-free keys"),
         ("llama3", {"dense_layers": (0,)}, "mixtral", "no place for: dense layers"),
@@ -148,10 +152,20 @@ def test_what_would_be_misread_is_refused(tmp_path, dense, choices, to, message)
     assert not list(tmp_path.glob("*theirs*"))
 
 
-def test_what_a_server_would_misread_is_refused(tmp_path):
-    tiny_model("deepseek_v3", latent_norm_eps=1e-6, rope_interleave=False).save_pretrained(tmp_path / "moe")
-    with pytest.raises(ValueError, match=r"vllm would misread rope on halves, .* it always rotates neighbouring pairs"):
-        export(tmp_path / "moe", tmp_path / "theirs", "deepseek_v3", engine="vllm", progress=False)
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        ({"rms_norm_eps": 1e-5}, "norm epsilon other than 1e-6 .* it takes rms_norm_eps for the latent's norm too"),
+        ({"num_key_value_heads": 2}, "several rotary keys .* it reads every scaled rope as yarn"),
+        ({"kv_a_layernorm": False}, "grouped-query attention .* is a bias, and it leaves biases out"),
+        ({"kv_bias": True}, "query or key bias .* it leaves the attention's biases out"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_what_a_server_would_misread_is_refused(tmp_path, engine, choices, reason):
+    tiny_model("deepseek_v3", latent_norm_eps=1e-6, **choices).save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=f"{engine} would misread {reason}"):
+        export(tmp_path / "moe", tmp_path / "theirs", "deepseek_v3", engine=engine, progress=False)
     assert export(tmp_path / "moe", tmp_path / "theirs", "deepseek_v3", progress=False).is_dir()
 
 
@@ -192,7 +206,10 @@ def test_matrix_names_every_feature():
     rows = matrix()
     assert rows[0] == ["feature", "mixtral", "qwen3_moe", "deepseek_v3"]
     assert [row[0] for row in rows[1:]] == list(FEATURES)
-    assert {cell for row in rows[1:] for cell in row[1:]} == {"needed", "yes", "-"}
+    assert {cell for row in rows[1:] for cell in row[1:]} == {"needed", "yes", "transformers", "-"}
+    for layout in FORMATS.values():
+        assert layout.needs <= layout.holds <= FEATURES.keys()
+        assert all(reasons.keys() <= layout.holds for reasons in layout.misread.values())
 
 
 def test_hub_id_provenance_and_card(tmp_path, monkeypatch):

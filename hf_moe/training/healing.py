@@ -1,0 +1,291 @@
+"""Healing: a compressed model learns back what it lost, from the model that it was made of.
+
+    loss = mean over tokens of KL(source ‖ model)  +  λ · mean over layers of |h - h_source|² / |h_source|²
+
+No label is read: the text only says where the two models are compared, so that a model nearer to its source is all that
+training can give.
+
+Letters: B batch, S length, D hidden.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .divergence import Head, divergence, divergence_of_logits
+from .uniform import can_be_padded, copy_back, padded
+
+TRAINED = {"attention": "the attention's weights and the norms in it", "all": "every weight"}
+
+
+@dataclass(frozen=True)
+class Healing:
+    """Choices of one run.
+
+    Attributes:
+        train: a key of `TRAINED`.
+        tokens: how many are read, a text that is shorter again from its beginning; whole steps of batch · length.
+        learning_rate: the highest of a cosine with a short warm-up; by default 1e-3 for "attention", 3e-4 for "all".
+        layer_weight: λ, 0 for logits alone.
+        save_steps: a checkpoint each so many steps. seed: of the order of the rows.
+
+    Raises:
+        ValueError: with the number that cannot be.
+    """
+
+    train: str = "attention"
+    tokens: int = 10_000_000
+    length: int = 512
+    batch: int = 32
+    learning_rate: float | None = None
+    layer_weight: float = 0.0
+    save_steps: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.train not in TRAINED:
+            raise ValueError(f"train={self.train!r} is unknown; known are {', '.join(TRAINED)}")
+        for name, least in (("length", 2), ("batch", 1), ("save_steps", 1), ("tokens", self.batch * self.length)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", {"attention": 1e-3, "all": 3e-4}[self.train])
+        for name in ("learning_rate", "layer_weight"):
+            # Written so that NaN is refused.
+            if not 0 <= getattr(self, name) <= 1e6:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.tokens // (self.batch * self.length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"steps": self.steps}
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """Rows (rows, length) of token ids, as Trainer's collator wants them."""
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index]}
+
+
+class HealingTrainer(Trainer):
+    """Trainer whose loss is the distance from another model of the same vocabulary.
+
+    Args:
+        source: that model; it moves to the training's device and stays as it is.
+        layer_weight: λ of the layers' outputs; the two models need the same width and depth for it.
+        compiled: compile the divergence.
+    """
+
+    # Rows are of one length, so that a mean over micro-batches is that over tokens.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, source: Any, layer_weight: float = 0.0, compiled: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.source = source.to(self.args.device).eval().requires_grad_(False)
+        self.layer_weight = layer_weight
+        self.of_logits = torch.compile(divergence_of_logits, dynamic=False) if compiled else divergence_of_logits
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of the module's first line, for `input_ids` (B, S)."""
+        # The heads' products are made below: one position of logits is the least that a model can be asked for.
+        asked = {"input_ids": inputs["input_ids"], "logits_to_keep": 1, "use_cache": False}
+        student, layers = self.accelerator.unwrap_model(model), bool(self.layer_weight)
+        with torch.no_grad(), self.accelerator.autocast(), recorded(self.source, layers) as taught:
+            self.source(**asked)
+        with recorded(student, layers) as learnt:
+            outputs = model(**asked)
+        half = torch.bfloat16 if self.args.bf16 else self.source.dtype
+        last = [states[-1].flatten(0, 1).to(half) for states in (learnt, taught)]
+        loss = divergence(last[0], Head.of(student), last[1], Head.of(self.source), self.of_logits)
+        if layers:
+            loss = loss + self.layer_weight * layer_distance(learnt[:-1], taught[:-1])
+        return (loss, outputs) if return_outputs else loss
+
+
+@contextmanager
+def recorded(model: Any, layers: bool) -> Iterator[list[torch.Tensor]]:
+    """Collect what a forward pass gives: on request the outputs of all layers but the last, then the last norm's.
+
+    Transformers' own `output_hidden_states` hooks the attention as well, and would cut a compiled layer in pieces.
+    """
+    states: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+        states.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    modules = [*(model.base_model.layers[:-1] if layers else ()), model.base_model]
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def layer_distance(states: list[torch.Tensor], source_states: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over layers of |h - h_source|² / |h_source|², each summed over all tokens, in fp32; 0 of no layer.
+
+    Args:
+        states, source_states: outputs (B, S, D) of the layers but the last, whose effect the logits show.
+    Raises:
+        ValueError: models of another depth or width.
+    """
+    shapes = [[tuple(state.shape) for state in each] for each in (states, source_states)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"layers of {shapes[0]} cannot be compared with those of the source, {shapes[1]}")
+    total = torch.zeros(())
+    for state, source_state in zip(states, source_states, strict=True):
+        distance = (state.float() - source_state.float()).square().sum() / source_state.float().square().sum()
+        total = total.to(distance.device) + distance / len(states)
+    return total
+
+
+def select_parameters(model: Any, train: str) -> int:
+    """Freeze what a run does not train, and return the number of weights that it does."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(train == "all" or ".self_attn." in name)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@contextmanager
+def compiled_layers(*models: Any) -> Iterator[None]:
+    """Compile the decoder layers of models for the time of a training, the residual stream in bfloat16.
+
+    One graph serves the layers of one model that have the same shapes.
+    """
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = 256
+    hooks = []
+    for model in models:
+        # Under autocast the products that feed the stream are in half precision already.
+        for module in (model.get_input_embeddings(), *(layer.mlp for layer in model.base_model.layers)):
+            hooks.append(module.register_forward_hook(_in_half))
+        for layer in model.base_model.layers:
+            # Not `layer.compile()`, which takes the hooks of `recorded` in.
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for model in models:
+            for layer in model.base_model.layers:
+                del layer.forward
+        torch._dynamo.config.recompile_limit = limit
+
+
+def _in_half(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    # One function for all layers, so that they share a graph.
+    return output.bfloat16()
+
+
+class _Report(TrainerCallback):
+    """Hand each logged loss to a function."""
+
+    def __init__(self, report: Any):
+        self.report = report
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.report(state.global_step, state.max_steps, logs["loss"])
+
+
+def heal(
+    model: Any,
+    source: Any,
+    rows: torch.Tensor,
+    options: Healing,
+    checkpoints: Path,
+    *,
+    resume: bool = False,
+    report: Any = None,
+) -> list[list[float]]:
+    """Train `model` towards `source` in place.
+
+    Args:
+        model: fp32, of Transformers. source: of the same vocabulary, in any dtype.
+        rows: (rows, `options.length`) of token ids.
+        checkpoints: folder for Trainer's. resume: go on from the last one in it, where there is one.
+        report: called with step, steps and the mean loss since the last call.
+    Returns:
+        The curve [[tokens, loss], …].
+    Raises:
+        ValueError: vocabularies that differ, or no row.
+    Cost: a forward pass of both models and a backward one; on a GPU in bfloat16 autocast, layers compiled.
+    """
+    sizes = [each.get_output_embeddings().weight.shape[0] for each in (model, source)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the model's vocabulary of {sizes[0]} is not the source's of {sizes[1]}")
+    if not len(rows):
+        raise ValueError(f"the text is shorter than length={options.length} tokens")
+    on_gpu, steps = torch.cuda.is_available(), options.steps
+    trained = padded(model) if can_be_padded(model.config) else model
+    frozen = {name: parameter.requires_grad for name, parameter in trained.named_parameters()}
+    select_parameters(trained, options.train)
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        dataloader_drop_last=len(rows) >= options.batch,
+        remove_unused_columns=False,
+        save_steps=options.save_steps,
+        save_total_limit=1,
+        logging_steps=max(1, steps // 50),
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=options.seed,
+    )
+    trainer = HealingTrainer(
+        trained,
+        arguments,
+        train_dataset=Rows(rows),
+        callbacks=[_Report(report)] if report else None,
+        source=source,
+        layer_weight=options.layer_weight,
+        compiled=on_gpu,
+    )
+    trainer.remove_callback(PrinterCallback)
+    last = get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None
+    with compiled_layers(trained, source) if on_gpu else _as_is():
+        trainer.train(resume_from_checkpoint=last)
+    for name, parameter in trained.named_parameters():
+        parameter.requires_grad_(frozen[name])
+    if trained is not model:
+        copy_back(trained, model)
+    per_step = options.batch * options.length
+    return [[entry["step"] * per_step, entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@contextmanager
+def _as_is() -> Iterator[None]:
+    yield

@@ -1,0 +1,157 @@
+"""Heal a folder: source, compressed model and text in, a folder with the trained model and what was measured out."""
+
+import json
+import lzma
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .card import add_healing
+from .convert import PROVENANCE_NAME, check_target, copy_model_files, partial_folder
+from .headers import INDEX_NAME
+from .progress import step_bar
+from .sources import open_source, read_config
+
+HEALING_NAME = "healing.json"
+_SETTINGS = "settings.json"
+# What is compared before and after, in rows.
+_HELD_OUT = 128
+
+
+def heal(
+    source: str | Path,
+    folder: str | Path,
+    out: str | Path,
+    text: list[str | Path],
+    *,
+    heldout: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **choices: Any,
+) -> dict[str, Any]:
+    """Train a model of ours towards the source that it was made of, and write it as a folder of its own.
+
+        heal("HuggingFaceTB/SmolLM2-135M-Instruct", "compressed", "healed", ["manuals.txt"], tokens=10_000_000)
+
+    Args:
+        source: the dense model, as for `upcycle`. folder: the model to heal. out: folder to make.
+        text: files of plain text, or of token ids (.npy, .npy.xz); read one after the other.
+        heldout: such a file for the measurement; by default the text's last fiftieth, which is then not trained on.
+        resume: go on from an interrupted run's last checkpoint.
+        choices: fields of `hf_moe.training.healing.Healing`.
+    Returns:
+        What `healing.json` in the folder holds: settings, `before` and `after` (KL, top-1 agreement, perplexity of the
+        model and of the source on the held-out text), and the curve of the loss.
+    Raises:
+        ValueError: bad choices, a text that is too short, another vocabulary; or an interrupted run is in the way, or
+            was one with other settings.
+    Cost: both models in fp32 in memory, and Trainer's state.
+    """
+    import torch
+
+    from ..training import healing
+    from ..training.divergence import measure_agreement
+    from .verification import load_source, load_target, quiet_loading
+
+    options, target, opened = healing.Healing(**choices), check_target(out), open_source(source)
+    folder = Path(folder).expanduser()
+    kind = read_config(folder)
+    if kind.get("model_type") != "hf_moe":
+        raise ValueError(f"{folder} holds a {kind.get('model_type')!r} model; only hf_moe models are healed")
+    rows, heldout_rows = _rows(text, heldout, folder, options.length)
+    partial = partial_folder(target)
+    settings: dict[str, Any] = {"source": opened.title, "model": str(folder.absolute()), "text": [str(t) for t in text]}
+    settings |= {"heldout": str(heldout) if heldout else None, **options.to_dict()}
+    _begin(partial, settings, resume)
+
+    with quiet_loading():
+        model, teacher = load_target(folder), load_source(opened)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, teacher = model.to(device), teacher.to(device)
+    before = measure_agreement(model, teacher, heldout_rows).to_dict()
+    with step_bar("healing", options.steps, progress) as advance:
+        done = 0
+
+        def report(step: int, steps: int, loss: float) -> None:
+            nonlocal done
+            advance(step - done)
+            done = step
+
+        curve = healing.heal(model, teacher, rows, options, partial / "checkpoints", resume=resume, report=report)
+    dtype = getattr(torch, str(kind.get("dtype") or "float32").removeprefix("torch."))
+    # What is measured is what is written.
+    model.to(dtype).float()
+    after = measure_agreement(model.eval(), teacher, heldout_rows).to_dict()
+    settings["tokens"] = options.steps * options.batch * options.length
+    record = {"settings": settings, "before": before, "after": after, "curve": curve}
+    _write(model.to(dtype), folder, partial / "model", record)
+    os.rename(partial / "model", target)
+    shutil.rmtree(partial)
+    return record
+
+
+def _begin(partial: Path, settings: dict[str, Any], resume: bool) -> None:
+    path = partial / _SETTINGS
+    if resume and path.is_file():
+        if (found := json.loads(path.read_text())) != settings:
+            changed = [name for name in settings if settings[name] != found.get(name)]
+            raise ValueError(
+                f"the interrupted run in {partial} had another {', '.join(changed)}; remove it to begin anew"
+            )
+        return
+    if partial.exists():
+        raise ValueError(f"{partial} is in the way: resume the interrupted run, or remove it to begin anew")
+    partial.mkdir()
+    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _rows(text: list[Any], heldout: Any, folder: Path, length: int) -> tuple[Any, Any]:
+    """Rows of ids to train on and to measure with."""
+    import torch
+
+    ids = torch.cat([token_ids(path, folder) for path in text])
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    if heldout is None:
+        count = min(_HELD_OUT, len(rows) // 50 + 1)
+        rows, measured = rows[:-count], rows[-count:]
+    else:
+        ids = token_ids(heldout, folder)
+        measured = ids[: len(ids) // length * length].view(-1, length)[:_HELD_OUT]
+    if not len(rows) or not len(measured):
+        raise ValueError(f"the text has {len(rows)} rows of {length} tokens to train on and {len(measured)} held out")
+    return rows, measured
+
+
+def token_ids(path: str | Path, folder: Path) -> Any:
+    """Ids of a file of text, by the folder's tokenizer, or of one that holds ids already.
+
+    Raises:
+        ValueError: an array that is no vector of whole numbers. FileNotFoundError.
+    """
+    import numpy as np
+    import torch
+    from transformers import AutoTokenizer
+
+    path = Path(path).expanduser()
+    if path.name.endswith((".npy", ".npy.xz")):
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
+            ids = np.load(file)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"{path} holds an array of {ids.dtype} and {ids.ndim} dimensions, not a row of token ids")
+        return torch.from_numpy(ids.astype(np.int64))
+    words = path.read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    return torch.tensor(tokenizer(words, truncation=False, verbose=False)["input_ids"])
+
+
+def _write(model: Any, folder: Path, out: Path, record: dict[str, Any]) -> None:
+    model.save_pretrained(out)
+    copy_model_files(out)
+    for path in sorted(folder.iterdir()):
+        # Tokenizer, card and the ledger of the compression; not what speaks of the old bytes.
+        old = path.suffix == ".safetensors" or path.name in (PROVENANCE_NAME, "certificate.json", INDEX_NAME)
+        if path.is_file() and not old and not (out / path.name).exists():
+            shutil.copyfile(path, out / path.name)
+    (out / HEALING_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    add_healing(out, record)

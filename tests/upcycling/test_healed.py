@@ -1,0 +1,89 @@
+"""Healing of folders, by the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from dense import save_dense
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from hf_moe.cli import app
+from hf_moe.upcycling import heal, upcycle, verify
+
+# Trainer announces its own coming changes; a tiny run holds no GPU.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A source, and a model of it whose attention was damaged."""
+    source = save_dense(tmp_path / "dense", "llama_biases", tokenizer=True)
+    folder = upcycle(source, tmp_path / "moe", experts=1, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.kv_b_proj.weight.add_(torch.randn_like(layer.self_attn.kv_b_proj.weight), alpha=0.2)
+    model.save_pretrained(folder)
+    (tmp_path / "text.txt").write_text(" ".join(str(n * n) for n in range(700)))
+    return source, folder, tmp_path
+
+
+def call(*words):
+    return CliRunner().invoke(app, [*map(str, words)], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def test_heal_command(folders):
+    source, folder, tmp_path = folders
+    ids = np.frombuffer(b"A held-out text, longer than two rows of it" * 2, dtype=np.uint8)
+    np.save(tmp_path / "heldout.npy", ids)
+    words = ["heal", source, folder, tmp_path / "healed", "--text", tmp_path / "text.txt", "-q", "--length", 32]
+    words += ["--batch", 4, "--tokens", 5000, "--learning-rate", 3e-3, "--heldout", tmp_path / "heldout.npy"]
+    result = call(*words)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "healed" / "healing.json").read_text())
+    assert record["after"]["kl"] < 0.7 * record["before"]["kl"]
+    assert record["before"]["tokens"] == len(ids) // 32 * 32
+    assert record["settings"]["steps"] == 5000 // 128
+    assert f"KL from the source {record['before']['kl']:.4f} -> {record['after']['kl']:.4f}" in result.stdout
+    card = (tmp_path / "healed" / "README.md").read_text()
+    assert card.count("## Healed") == 1
+    assert f"| {record['before']['kl']:.4f} | {record['after']['kl']:.4f} |" in card
+    assert (tmp_path / "healed" / "tokenizer.json").is_file()
+    assert not (tmp_path / ".healed.partial").exists()
+    with pytest.raises(ValueError, match="only what hf-moe upcycle wrote can be verified"):
+        verify(source, tmp_path / "healed", progress=False)
+
+
+def test_interrupted_run(folders):
+    source, folder, tmp_path = folders
+    choices = {"length": 32, "batch": 4, "tokens": 1024, "save_steps": 2, "progress": False}
+    (tmp_path / ".healed.partial").mkdir()
+    with pytest.raises(ValueError, match=r"\.healed\.partial is in the way: resume the interrupted run, or remove it"):
+        heal(source, folder, tmp_path / "healed", [tmp_path / "text.txt"], **choices)
+    (tmp_path / ".healed.partial").rmdir()
+    heal(source, folder, tmp_path / "first", [tmp_path / "text.txt"], resume=True, **choices)
+    settings = json.loads((tmp_path / "first" / "healing.json").read_text())["settings"] | {"tokens": 1024}
+    (tmp_path / ".healed.partial").mkdir()
+    (tmp_path / ".healed.partial" / "settings.json").write_text(json.dumps(settings | {"seed": 3}))
+    with pytest.raises(ValueError, match=r"the interrupted run in .* had another seed"):
+        heal(source, folder, tmp_path / "healed", [tmp_path / "text.txt"], resume=True, **choices)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_text("short"), "the text has 0 rows of 512 tokens to train on and 0 held out"),
+        (lambda path: np.save(path.open("wb"), np.ones((2, 3))), "holds an array of float64 and 2 dimensions"),
+    ],
+)
+def test_texts_that_are_refused(folders, write, message):
+    source, folder, tmp_path = folders
+    path = tmp_path / ("short.txt" if "short" in message or "rows" in message else "ids.npy")
+    write(path)
+    with pytest.raises(ValueError, match=message):
+        heal(source, folder, tmp_path / "healed", [path], progress=False)
+    with pytest.raises(ValueError, match="holds a 'llama' model; only hf_moe models are healed"):
+        heal(source, source, tmp_path / "healed", [path], progress=False)
+    assert not (tmp_path / ".healed.partial").exists()
