@@ -45,7 +45,7 @@ def tile_capacity(n_routes, n_experts):
 
 
 @triton.jit
-def _load_expert(index_ptr, n, N, E):
+def load_expert(index_ptr, n, N, E):
     expert = tl.load(index_ptr + n, mask=n < N, other=E).to(tl.int32)
     return tl.where((expert < 0) | (expert > E), E, expert)
 
@@ -53,7 +53,7 @@ def _load_expert(index_ptr, n, N, E):
 @triton.jit
 def _count_kernel(index_ptr, count_ptr, N, E, n_blocks, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
-    expert = _load_expert(index_ptr, block * BLOCK + tl.arange(0, BLOCK), N, E)
+    expert = load_expert(index_ptr, block * BLOCK + tl.arange(0, BLOCK), N, E)
     bins = tl.arange(0, BINS)
     tl.store(count_ptr + bins * n_blocks + block, tl.histogram(expert, BINS), mask=bins <= E)
 
@@ -98,7 +98,7 @@ def _place_kernel(
     if program < n_blocks:
         within = tl.arange(0, BLOCK)
         n = program * BLOCK + within
-        expert = _load_expert(index_ptr, n, N, E)
+        expert = load_expert(index_ptr, n, N, E)
         earlier = (expert[:, None] == expert[None, :]) & (within[None, :] < within[:, None])
         position = tl.gather(begin, expert, 0) + tl.load(before_ptr + expert * n_blocks + program)
         position += tl.sum(earlier.to(tl.int32), 1)
