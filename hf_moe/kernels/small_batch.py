@@ -1,124 +1,149 @@
-"""Prototype."""
+"""Experts of a few tokens, bound by the bytes of the weights: each program finds its expert's tokens itself, unsorted.
+
+    out[t] = Σ_k weight[t, k] · (down[e] @ gate(up[e] @ x[t] + up_bias[e]) + down_bias[e])      e = index[t, k]
+
+Letters: T tokens, K experts a token, N = T·K routes, E experts, I input columns, O output columns, D hidden, F expert
+width, H = 2F (gated) or F.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from .descriptors import dot_precision
-from .gating import act_and_slope, gate_forward
-from .routing import load_expert
-from .tuning import cdiv, power_of_2
+from . import tuning
+from .descriptors import dense_rows, dense_side, dot_precision
+from .gating import Gating
+from .single_rows import chains, gate_arguments, gated, single_rows, weight_rows
+from .tuning import Tile, cdiv, power_of_2
 
 
 @triton.jit
-def _gated(h, alpha, limit, up_offset, ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, M: tl.constexpr, BF: tl.constexpr):
-    if GATED:
-        if INTERLEAVED:
-            gate, up = tl.split(h.reshape(M, BF, 2))
-        else:
-            gate, up = tl.split(h.reshape(M, 2, BF).permute(0, 2, 1))
-        return gate_forward(gate, up, alpha, limit, up_offset, ACT, CLIP)
-    else:
-        if ACT == "none":
-            return h
-        else:
-            a, _ = act_and_slope(h, alpha, ACT)
-            return a
-
-
-@triton.jit
-def _columns(block, F, gap, stride_o, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BF: tl.constexpr):
-    """Offsets of a block's weight rows, their places in a bias, and which exist."""
-    FAN: tl.constexpr = 2 if GATED else 1
-    r = tl.arange(0, FAN * BF)
-    if INTERLEAVED:
-        out = block * (FAN * BF) + r
-        return out.to(tl.int64) * stride_o, out, out < FAN * F
-    else:
-        f = block * BF + r % BF
-        group = r // BF
-        return group * gap + f.to(tl.int64) * stride_o, group * F + f, f < F
-
-
-@triton.jit
-def _rows_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, index_ptr, N, E, K, N_IN, F, gap, x_stride,
-    w_stride_e, w_stride_o, w_stride_i, alpha, limit, up_offset,
-    ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BY_EXPERT: tl.constexpr, WAITS: tl.constexpr, PDL: tl.constexpr, SWAP: tl.constexpr,
-    PER_TOKEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _expert_rows_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, index_ptr,
+    T, K, E, I, O, gap, x_stride, w_stride_e, w_stride_o, w_stride_i, alpha, limit, up_offset,
+    ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, PER_TOKEN: tl.constexpr, BY_EXPERT: tl.constexpr,
+    STARTS_NEXT: tl.constexpr, WAITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     FAN: tl.constexpr = 2 if GATED else 1
-    BN: tl.constexpr = BF * FAN
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    BN: tl.constexpr = FAN * BLOCK
     block, slot = tl.program_id(0), tl.program_id(1)
-    t, k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
-    n = t[:, None] * K + k[None, :]
-    owner = tl.load(index_ptr + n, mask=(n < N) & (k < K)[None, :], other=-1).to(tl.int32)
+    if STARTS_NEXT:
+        tl.extra.cuda.gdc_launch_dependents()
+    t = tl.arange(0, BLOCK_T)
     expert = slot
-    if not BY_EXPERT:
-        expert = load_expert(index_ptr, slot, N, E)
-    mine = owner == expert
-    route = tl.min(tl.where(mine, n, N), 1)
-    hit = (route < N).to(tl.int32)
-    count = tl.sum(hit, 0)
-    if not BY_EXPERT:
-        count = tl.where((tl.min(route, 0) < slot) | (expert >= E), 0, count)
-    if count == 0:
-        return
-    rank = tl.where(hit > 0, tl.cumsum(hit, 0) - 1, -1)
-    offset, bias_at, exists = _columns(block, F, gap, w_stride_o, GATED, INTERLEAVED, BF)
+    if HAS_INDEX:
+        n = t[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+        known = (t[:, None] < T) & (tl.arange(0, BLOCK_K)[None, :] < K)
+        owner = tl.load(index_ptr + n, mask=known, other=-1).to(tl.int32)
+        if not BY_EXPERT:
+            # A program for each route: the first one of an expert does its work.
+            expert = tl.load(index_ptr + slot).to(tl.int32)
+        route = tl.min(tl.where(owner == expert, n, T * K), 1)
+        mine = route < T * K
+        count = tl.sum(mine.to(tl.int32), 0)
+        if not BY_EXPERT:
+            count = tl.where((expert < 0) | (expert >= E) | (tl.min(route, 0) < slot), 0, count)
+        if count == 0:
+            return
+        rank = tl.where(mine, tl.cumsum(mine.to(tl.int32), 0) - 1, -1)
+    else:
+        count = T
+    offset, number, exists = weight_rows(tl.arange(0, BN), block, O, gap, w_stride_o, GATED, INTERLEAVED, BLOCK)
     w_rows = w_ptr + expert.to(tl.int64) * w_stride_e + offset
     if WAITS:
         tl.extra.cuda.gdc_wait()
     for first in range(0, count, BM):
         r = first + tl.arange(0, BM)
-        row = tl.sum(tl.where(rank[None, :] == r[:, None], route[None, :], 0), 1)
+        row = tl.minimum(r, T - 1)
+        if HAS_INDEX:
+            row = tl.sum(tl.where(rank[None, :] == r[:, None], route[None, :], 0), 1)
         token = row // K
-        if PER_TOKEN:
-            row = token
-        x_rows = x_ptr + row.to(tl.int64) * x_stride
-        if SWAP:
-            total = tl.zeros((BN, BM), tl.float32)
-        else:
-            total = tl.zeros((BM, BN), tl.float32)
-        for begin in range(0, N_IN, BK):
-            at = begin + tl.arange(0, BK)
-            at64 = at.to(tl.int64)
-            if SWAP:
-                if EVEN:
-                    x = tl.load(x_rows[:, None] + at[None, :])
-                    w = tl.load(w_rows[:, None] + at64[None, :] * w_stride_i, eviction_policy="evict_first")
-                else:
-                    x = tl.load(x_rows[:, None] + at[None, :], mask=at[None, :] < N_IN, other=0.0)
-                    w = tl.load(w_rows[:, None] + at64[None, :] * w_stride_i, mask=exists[:, None] & (at[None, :] < N_IN), other=0.0, eviction_policy="evict_first")
-                total = tl.dot(w, x.T, total, input_precision=PRECISION)
+        x_rows = x_ptr + (token if PER_TOKEN else row).to(tl.int64) * x_stride
+        # The weights are the tall operand: their rows fill a tensor core's tile, few tokens do not.
+        h = tl.zeros((BN, BM), tl.float32)
+        for start in range(0, I, BK):
+            k = start + tl.arange(0, BK)
+            w_ptrs = w_rows[:, None] + k.to(tl.int64)[None, :] * w_stride_i
+            if EVEN:
+                x = tl.load(x_rows[:, None] + k[None, :])
+                w = tl.load(w_ptrs, eviction_policy="evict_first")
             else:
-                if EVEN:
-                    x = tl.load(x_rows[:, None] + at[None, :])
-                    w = tl.load(w_rows[None, :] + at64[:, None] * w_stride_i, eviction_policy="evict_first")
-                else:
-                    x = tl.load(x_rows[:, None] + at[None, :], mask=at[None, :] < N_IN, other=0.0)
-                    w = tl.load(w_rows[None, :] + at64[:, None] * w_stride_i, mask=exists[None, :] & (at[:, None] < N_IN), other=0.0, eviction_policy="evict_first")
-                total = tl.dot(x, w, total, input_precision=PRECISION)
-        h = total
-        if SWAP:
-            h = total.T
+                x = tl.load(x_rows[:, None] + k[None, :], mask=k[None, :] < I, other=0.0)
+                w = tl.load(w_ptrs, mask=exists[:, None] & (k[None, :] < I), other=0.0, eviction_policy="evict_first")
+            h = tl.dot(w, x.T, h, input_precision=PRECISION)
         if HAS_BIAS:
-            h += tl.load(bias_ptr + expert.to(tl.int64) * (F * FAN) + bias_at, mask=exists, other=0.0).to(tl.float32)[None, :]
-        a = _gated(h, alpha, limit, up_offset, ACT, CLIP, GATED, INTERLEAVED, BM, BF)
-        f = block * BF + tl.arange(0, BF)
-        for choice in range(0, K):
-            to = token * K + choice
-            chosen = tl.load(index_ptr + to, mask=r < count, other=-1).to(tl.int32) == expert
-            y_ptrs = y_ptr + to.to(tl.int64)[:, None] * F + f[None, :]
-            tl.store(y_ptrs, a.to(y_ptr.dtype.element_ty), mask=chosen[:, None] & (f[None, :] < F))
+            bias = tl.load(bias_ptr + expert.to(tl.int64) * (FAN * O) + number, mask=exists, other=0.0)
+            h += bias.to(tl.float32)[:, None]
+        y = gated(h.T, alpha, limit, up_offset, ACT, CLIP, GATED, INTERLEAVED, BM, BLOCK).to(y_ptr.dtype.element_ty)
+        out = block * BLOCK + tl.arange(0, BLOCK)
+        mask = (r[:, None] < count) & (out[None, :] < O)
+        if HAS_INDEX:
+            # A token may name its expert twice.
+            for choice in range(K):
+                to = token * K + choice
+                chosen = tl.load(index_ptr + to, mask=r < count, other=-1).to(tl.int32) == expert
+                tl.store(y_ptr + to.to(tl.int64)[:, None] * O + out[None, :], y, mask=chosen[:, None] & mask)
+        else:
+            tl.store(y_ptr + row.to(tl.int64)[:, None] * O + out[None, :], y, mask=mask)
+
+
+def expert_rows(
+    x: torch.Tensor,
+    weight_EHI: torch.Tensor,
+    index_TK: torch.Tensor | None,
+    tile: Tile,
+    *,
+    columns: int,
+    gap: int = 0,
+    gating: Gating | None = None,
+    bias_EH: torch.Tensor | None = None,
+    per_token: bool = False,
+    after_product: bool = False,
+    before_product: bool = False,
+) -> torch.Tensor:
+    """Multiply each route's row by its expert's matrix, an expert's routes together, and keep the routes' order.
+
+        y[n] = gate(W[e] @ x[n] + bias[e])      e = index[n]; x[n // K] with per_token
+
+    Args:
+        x: (N, I), or (T, I) tokens with per_token; fp32, bf16 or fp16, contiguous in I.
+        weight_EHI: x's dtype, one side of each matrix contiguous.
+        index_TK: contiguous int32 or int64. Routes with an id outside 0 .. E-1 stay unwritten. None: every row of x is
+            the only expert's.
+        tile: m rows at a time, n rows of the weights a program, k of I at a time.
+        columns, gap, gating, after_product, before_product: as for `single_rows`.
+        bias_EH: contiguous.
+    Returns:
+        y_NO in x's dtype, accumulated in fp32.
+    Cost: reads an expert's weights once for every m tokens that chose it; one launch. Each program reads the whole
+        index, so it is meant for some hundred tokens at most.
+    """
+    E, _, n_in = weight_EHI.shape
+    T, K = (x.shape[0], 1) if index_TK is None else index_TK.shape
+    N = T * K
+    y_NO = x.new_empty((N, columns))
+    by_expert = index_TK is None or N >= E
+    waits = after_product and chains(x.device)
+    block = tile.n // (1 if gating is None else gating.fan)
+    _expert_rows_kernel[(cdiv(columns, block), E if by_expert else N)](
+        x, weight_EHI, bias_EH, y_NO, index_TK,
+        T, K, E, n_in, columns, gap, x.stride(0), *weight_EHI.stride(),
+        *gate_arguments(gating),
+        index_TK is not None, bias_EH is not None, per_token, by_expert, before_product and chains(x.device), waits,
+        max(power_of_2(T), 16), power_of_2(K), tile.m, block, tile.k,
+        n_in % tile.k == 0 and columns % block == 0, dot_precision(x.dtype),
+        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=waits,
+    )  # fmt: skip
+    return y_NO
 
 
 @triton.jit
-def _sum_kernel(y_ptr, weight_ptr, index_ptr, out_ptr, N, E, D, K: tl.constexpr, WAITS: tl.constexpr, BLOCK_D: tl.constexpr):
+def _weigh_kernel(
+    y_ptr, weight_ptr, index_ptr, out_ptr, E, D, K, WAITS: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     token = tl.program_id(1)
     if WAITS:
@@ -126,157 +151,112 @@ def _sum_kernel(y_ptr, weight_ptr, index_ptr, out_ptr, N, E, D, K: tl.constexpr,
     total = tl.zeros((BLOCK_D,), tl.float32)
     for k in range(K):
         n = token * K + k
-        width = tl.where(load_expert(index_ptr, n, N, E) < E, D, 0)
+        expert = tl.load(index_ptr + n).to(tl.int32)
+        width = tl.where((expert >= 0) & (expert < E), D, 0)
         y = tl.load(y_ptr + n.to(tl.int64) * D + d, mask=d < width, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + n).to(tl.float32)
-        total += tl.where(d < width, y * weight, 0.0)
+        # A route of no expert adds nothing, even when its weight is not finite.
+        total += tl.where(d < width, y * tl.load(weight_ptr + n).to(tl.float32), 0.0)
     tl.store(out_ptr + token.to(tl.int64) * D + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
-def _stream(rows, at, width, exists, EVEN: tl.constexpr):
-    if EVEN:
-        return tl.load(rows + at[None, :], eviction_policy="evict_first")
-    else:
-        return tl.load(rows + at[None, :], mask=(at < width)[None, :] & exists[:, None], other=0.0, eviction_policy="evict_first")
+def weigh(y_ND: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor, n_experts: int) -> torch.Tensor:
+    """out[t] = Σ_k weight[t, k] · y[t·K + k] over routes that have an expert, in fp32; y from `expert_rows`."""
+    (T, K), D = index_TK.shape, y_ND.shape[1]
+    out_TD = y_ND.new_empty((T, D))
+    block, waits = min(power_of_2(D), 512), chains(y_ND.device)
+    _weigh_kernel[(cdiv(D, block), T)](
+        y_ND, weight_TK, index_TK, out_TD, n_experts, D, K, waits, block, num_warps=2, launch_pdl=waits
+    )
+    return out_TD
 
 
-@triton.jit
-def _route_up_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, index_ptr, N, E, PER_TOKEN, F, gap, x_stride,
-    w_stride_e, w_stride_o, alpha, limit, up_offset, D: tl.constexpr,
-    ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-    BF: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    FAN: tl.constexpr = 2 if GATED else 1
-    R: tl.constexpr = FAN * BF
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    block, n = tl.program_id(0), tl.program_id(1)
-    expert = load_expert(index_ptr, n, N, E)
-    if expert >= E:
-        return
-    offset, bias_at, exists = _columns(block, F, gap, w_stride_o, GATED, INTERLEAVED, BF)
-    w_rows = w_ptr + expert.to(tl.int64) * w_stride_e + offset[:, None]
-    x_row = x_ptr + (n // PER_TOKEN).to(tl.int64) * x_stride
-    part = tl.zeros((R, BK // 8), tl.float32)
-    at = tl.arange(0, BK)
-    if AHEAD:
-        w = _stream(w_rows, at, D, exists, EVEN)
-    for begin in tl.range(0, D, BK, loop_unroll_factor=UNROLL, num_stages=STAGES):
-        at = begin + tl.arange(0, BK)
-        if AHEAD:
-            w_next = _stream(w_rows, at + BK, D, exists, False)
-        else:
-            w = _stream(w_rows, at, D, exists, EVEN)
-        if EVEN:
-            x = tl.load(x_row + at[None, :] + tl.zeros((R, 1), tl.int32))
-        else:
-            x = tl.load(x_row + at[None, :] + tl.zeros((R, 1), tl.int32), mask=(at < D)[None, :] & exists[:, None], other=0.0)
-        part += tl.sum((w.to(tl.float32) * x.to(tl.float32)).reshape(R, BK // 8, 8), 2)
-        if AHEAD:
-            w = w_next
-    h = tl.sum(part, 1)
-    if HAS_BIAS:
-        h += tl.load(bias_ptr + expert.to(tl.int64) * (F * FAN) + bias_at, mask=exists, other=0.0).to(tl.float32)
-    a = _gated(h[None, :], alpha, limit, up_offset, ACT, CLIP, GATED, INTERLEAVED, 1, BF)
-    f = block * BF + tl.arange(0, BF)
-    tl.store(a_ptr + n.to(tl.int64) * F + f[None, :], a.to(a_ptr.dtype.element_ty), mask=(f < F)[None, :])
+def experts(
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    up_bias_EH: torch.Tensor | None,
+    down_bias_ED: torch.Tensor | None,
+    gating: Gating,
+) -> torch.Tensor:
+    """`layer.experts` without gradients, for few tokens.
+
+    Cost: bytes of the experts that are chosen; two launches for `tuning.SINGLE_ROWS` tokens, three for more. No
+        host synchronisation, no atomics, a grid from shapes alone: deterministic, and can be captured.
+    """
+    T, K = index_TK.shape
+    E, D, F = down_EDF.shape
+    device, dtype = x_TD.device, x_TD.dtype
+    index_TK, weight_TK = index_TK.contiguous(), weight_TK.contiguous()
+    up = {"columns": F, "gap": F * up_EHD.stride(1), "gating": gating, "bias_EH": up_bias_EH, "before_product": True}
+    down = {"columns": D, "bias_EH": down_bias_ED, "after_product": True}
+    if T <= tuning.SINGLE_ROWS and up_EHD.stride(2) == 1 and down_EDF.stride(2) == 1:
+        a = single_rows(x_TD, up_EHD, index_TK, tuning.single_rows_tile(device, dtype, 1), per_token=K, **up)
+        return single_rows(
+            a, down_EDF, index_TK, tuning.single_rows_tile(device, dtype, K), weight_TK=weight_TK, **down
+        )
+    tile = tuning.small_batch_tile(device, dtype)
+    a = expert_rows(x_TD, up_EHD, index_TK, tile, per_token=True, **up)
+    y = expert_rows(a, down_EDF, index_TK, tile, before_product=True, **down)
+    return weigh(y, weight_TK, index_TK, E)
 
 
-@triton.jit
-def _route_down_kernel(
-    a_ptr, w_ptr, bias_ptr, weight_ptr, out_ptr, index_ptr, N, E, D, w_stride_e, w_stride_o, F: tl.constexpr, K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-    KB: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    block, token = tl.program_id(0), tl.program_id(1)
-    R: tl.constexpr = KB * BD
-    r = tl.arange(0, R)
-    d = block * BD + r % BD
-    total = tl.zeros((KB, BD), tl.float32)
-    for first in tl.static_range(0, K, KB):
-        choice = first + r // BD
-        n = token * K + choice
-        expert = tl.load(index_ptr + n, mask=choice < K, other=E)
-        owned = (expert >= 0) & (expert < E)
-        exists = owned & (d < D)
-        w_rows = w_ptr + (expert.to(tl.int64) * w_stride_e + d.to(tl.int64) * w_stride_o)[:, None]
-        a_rows = a_ptr + (n.to(tl.int64) * F)[:, None]
-        part = tl.zeros((R, BK // 8), tl.float32)
-        if AHEAD:
-            w = _stream(w_rows, tl.arange(0, BK), F, exists, False)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        for begin in tl.range(0, F, BK, loop_unroll_factor=UNROLL, num_stages=STAGES):
-            at = begin + tl.arange(0, BK)
-            mask = exists[:, None]
-            if not EVEN:
-                mask = mask & (at < F)[None, :]
-            if AHEAD:
-                w_next = _stream(w_rows, at + BK, F, exists, False)
-            else:
-                w = tl.load(w_rows + at[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-            a = tl.load(a_rows + at[None, :], mask=mask, other=0.0)
-            part += tl.sum((w.to(tl.float32) * a.to(tl.float32)).reshape(R, BK // 8, 8), 2)
-            if AHEAD:
-                w = w_next
-        y = tl.sum(part, 1)
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + expert.to(tl.int64) * D + d, mask=exists, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + n, mask=owned, other=0.0).to(tl.float32)
-        total += (y * weight).reshape(KB, BD)
-    out = block * BD + tl.arange(0, BD)
-    tl.store(out_ptr + token.to(tl.int64) * D + out, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=out < D)
+def _product(x_TI: torch.Tensor, weight_1OI: torch.Tensor, **options) -> torch.Tensor:
+    """Rows of x with one matrix."""
+    if x_TI.shape[0] <= tuning.SINGLE_ROWS and weight_1OI.stride(2) == 1:
+        tile = tuning.single_rows_tile(x_TI.device, x_TI.dtype, 1)
+        return single_rows(x_TI, weight_1OI, None, tile, **options)
+    return expert_rows(x_TI, weight_1OI, None, tuning.small_batch_tile(x_TI.device, x_TI.dtype), **options)
 
 
-def rows(x, w, bias, index, gating, per_token, gap, F, *, BM, BF, BK, warps, stages, swap=False, waits=False, pdl=False):
-    """gating None: no gate."""
-    (T, K), N, E, n_in = index.shape, index.numel(), w.shape[0], w.shape[2]
-    fan = 1 if gating is None else gating.fan
-    y = x.new_empty((N, F))
-    by_expert = N >= E
-    even = n_in % BK == 0 and F % BF == 0
-    _rows_kernel[(cdiv(F, BF), E if by_expert else N)](
-        x, w, bias, y, index, N, E, K, n_in, F, gap, x.stride(0), *w.stride(),
-        1.0 if gating is None else gating.alpha, 0.0 if gating is None or gating.limit is None else gating.limit, 0.0 if gating is None else gating.up_offset,
-        "none" if gating is None else gating.act, gating is not None and gating.limit is not None,
-        fan == 2, fan == 2 and gating.interleaved, bias is not None,
-        by_expert, waits, pdl, swap, per_token, max(power_of_2(T), 16), power_of_2(K), BM, BF, BK, even, dot_precision(x.dtype),
-        num_warps=warps, num_stages=stages, **({"launch_pdl": True} if waits else {}),
+@torch.library.custom_op("hf_moe::few_rows_linear", mutates_args=())
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return _product(dense_rows(x), dense_side(weight[None]), columns=weight.shape[0])
+
+
+@_linear.register_fake
+def _linear_fake(x, weight):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T for a few rows of x, no gradients. Bound by the bytes of the weight; one launch.
+
+    Args:
+        x_TI, weight_OI: fp32, bf16 or fp16, the same for both.
+    """
+    return _linear(x_TI, weight_OI)
+
+
+@torch.library.custom_op("hf_moe::gated_mlp", mutates_args=())
+def _gated_mlp(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, act: str
+) -> torch.Tensor:  # fmt: skip
+    gate, up = gate.contiguous(), up.contiguous()
+    # One kernel reads both: up's rows lie this many elements after gate's, wherever the two were allocated.
+    gap = (up.data_ptr() - gate.data_ptr()) // gate.element_size()
+    a = _product(
+        dense_rows(x), gate[None], columns=gate.shape[0], gap=gap, gating=Gating(act), before_product=True
     )  # fmt: skip
-    return y
+    return _product(a, dense_side(down[None]), columns=down.shape[0], after_product=True)
 
 
-def total(y, weight, index, E, waits=False, block=512):
-    T, K = index.shape
-    D = y.shape[1]
-    out = y.new_empty((T, D))
-    block = min(power_of_2(D), block)
-    _sum_kernel[(cdiv(D, block), T)](y, weight, index, out, T * K, E, D, K, waits, block, num_warps=max(1, block // 256), **({"launch_pdl": True} if waits else {}))
-    return out
+@_gated_mlp.register_fake
+def _gated_mlp_fake(x, gate, up, down, act):
+    return x.new_empty((x.shape[0], down.shape[0]))
 
 
-def route_up(x, w, bias, index, gating, gap, F, *, BF, BK, warps, unroll=1, stages=1, ahead=False, pdl=False):
-    N, K, E, D = index.numel(), index.shape[1], w.shape[0], w.shape[2]
-    a = x.new_empty((N, F))
-    _route_up_kernel[(cdiv(F, BF), N)](
-        x, w, bias, a, index, N, E, K, F, gap, x.stride(0), w.stride(0), w.stride(1),
-        gating.alpha, gating.limit or 0.0, gating.up_offset, D,
-        gating.act, gating.limit is not None, gating.gated, gating.gated and gating.interleaved, bias is not None,
-        pdl, ahead, unroll, stages, BF, BK, D % BK == 0 and F % BF == 0, num_warps=warps,
-    )  # fmt: skip
-    return a
+def gated_mlp(
+    x_TD: torch.Tensor, gate_FD: torch.Tensor, up_FD: torch.Tensor, down_DF: torch.Tensor, act: str = "swish"
+) -> torch.Tensor:
+    """down @ (act(gate @ x) · (up @ x)) for a few tokens, no gradients: a shared expert or a dense layer.
 
-
-def route_down(a, w, bias, weight, index, *, BD, BK, warps, KB=None, ahead=False, unroll=1, stages=1, pdl=False):
-    (T, K), (E, D, F) = index.shape, w.shape
-    out = a.new_empty((T, D))
-    KB = KB or min(power_of_2(K), 8)
-    _route_down_kernel[(cdiv(D, BD), T)](
-        a, w, bias, weight, out, index, T * K, E, D, w.stride(0), w.stride(1), F, K,
-        bias is not None, pdl, ahead, unroll, stages, KB, BD, BK, F % BK == 0, num_warps=warps,
-        **({"launch_pdl": True} if pdl else {}),
-    )  # fmt: skip
-    return out
+    Args:
+        x_TD: a few tokens; a few hundred work, but cuBLAS is made for them.
+        gate_FD, up_FD, down_DF: x's dtype: fp32, bf16 or fp16.
+        act: a name that `Gating` knows; "swish" is SiLU.
+    Returns:
+        out_TD in x's dtype, each product accumulated in fp32. Two launches, deterministic, can be captured.
+    """
+    return _gated_mlp(x_TD, gate_FD, up_FD, down_DF, act)
