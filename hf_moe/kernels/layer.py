@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import tuning
+from . import small_batch, tuning
 from .combine import combine, spread
 from .descriptors import dense_rows, dense_side
 from .gating import Gating, gating_gradient
@@ -20,15 +20,14 @@ from .routing import Routing, route, tile_capacity
 from .up_projection import up_projection
 from .weight_gradient import bias_gradient, weight_gradient
 
-KEEP_NOTHING, KEEP_H, KEEP_X = 0, 1, 2
-
 _GATING = "str act, float alpha, float? limit, float up_offset, bool gated, bool interleaved"
 _ROUTING = "Tensor row, Tensor position, Tensor offset, Tensor tile"
 _WEIGHTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
 
 _library = torch.library.Library("hf_moe", "FRAGMENT")
-_library.define(f"experts(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {_GATING}, int keep)"
+_library.define(f"experts(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {_GATING}, bool recompute)"
                 " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+_library.define(f"experts_inference(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {_GATING}) -> Tensor")
 _library.define(f"experts_backward(Tensor dout, Tensor x, Tensor h, Tensor index, Tensor weight, {_WEIGHTS}, "
                 f"{_ROUTING}, {_GATING}, bool[] needs)"
                 " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
@@ -68,46 +67,64 @@ class Plan(NamedTuple):
         return cls(*(tuning.choose(op, device, dtype, rows_per_expert) for op in cls._fields))
 
 
-def _experts(x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, up_offset, gated, interleaved, keep):
-    gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
-    x, up, down = dense_rows(x), dense_side(up), dense_side(down)
+def _by_sorted_rows(x, index, weight, up, down, up_bias, down_bias, gating, *, store_h):
     (T, K), E = index.shape, up.shape[0]
-    if T == 0:
-        none = index.new_empty(0, dtype=torch.int32)
-        return x.new_zeros(x.shape), x.new_empty(0), none, none.clone(), none.clone(), none.clone()
     plan = Plan.of(x.device, x.dtype, T * K // E)
     routing = route(index, E, plan.up.m)
-    spread_x = tuning.spreads(down.shape[2], keep == KEEP_H)
+    spread_x = tuning.spreads(down.shape[2], store_h)
     x_rows = spread(x, routing, K) if spread_x else x
     h, a = up_projection(
         x_rows,
         up,
         routing,
         gating,
-        plan.up_rows if spread_x else plan.up if keep == KEEP_H else plan.up_inference,
+        plan.up_rows if spread_x else plan.up if store_h else plan.up_inference,
         per_token=None if spread_x else K,
         bias_EH=up_bias,
-        store_h=keep == KEEP_H,
+        store_h=store_h,
     )
     assert a is not None
     del x_rows
     y = grouped_linear(a, down, routing, plan.down, bias_EO=down_bias)
-    out = combine(y, weight, routing, K)
+    return combine(y, weight, routing, K), h, routing
+
+
+def _experts(
+    x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, up_offset, gated, interleaved, recompute
+):
+    if index.shape[0] == 0:
+        none = index.new_empty(0, dtype=torch.int32)
+        return x.new_zeros(x.shape), x.new_empty(0), none, none.clone(), none.clone(), none.clone()
+    gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
+    x, up, down = dense_rows(x), dense_side(up), dense_side(down)
+    out, h, routing = _by_sorted_rows(x, index, weight, up, down, up_bias, down_bias, gating, store_h=not recompute)
     return out, x.new_empty(0) if h is None else h, *routing[:4]
 
 
 def _experts_fake(
-    x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, up_offset, gated, interleaved, keep
+    x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, up_offset, gated, interleaved, recompute
 ):
     (T, K), E = index.shape, up.shape[0]
     out = x.new_empty(x.shape)
-    h = x.new_empty((T * K, up.shape[1])) if keep == KEEP_H else x.new_empty(0)
+    h = x.new_empty(0) if recompute else x.new_empty((T * K, up.shape[1]))
     # A symbolic T stands for a batch that is not empty.
     if isinstance(T, int) and T == 0:
         h, sizes = x.new_empty(0), (0, 0, 0, 0)
     else:
         sizes = (T * K, T * K, E + 1, 3 * tile_capacity(T * K, E) + 1)
     return out, h, *(index.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+def _experts_inference(
+    x, index, weight, up, down, up_bias, down_bias, act, alpha, limit, up_offset, gated, interleaved
+):
+    if index.shape[0] == 0:
+        return x.new_zeros(x.shape)
+    gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
+    x, up, down = dense_rows(x), dense_side(up), dense_side(down)
+    if tuning.is_small_batch(index.shape[0], index.numel(), up.shape[0]):
+        return small_batch.experts(x, index, weight, up, down, up_bias, down_bias, gating)
+    return _by_sorted_rows(x, index, weight, up, down, up_bias, down_bias, gating, store_h=False)[0]
 
 
 def _experts_backward(
@@ -166,11 +183,11 @@ def _experts_backward_fake(
 
 
 def _experts_setup(ctx, inputs, output):
-    x, index, weight, up, down, up_bias, down_bias, *gating, keep = inputs
+    x, index, weight, up, down, up_bias, down_bias, *gating, _ = inputs
     _, h, *routing = output
     ctx.mark_non_differentiable(h, *routing)
     ctx.set_materialize_grads(False)
-    ctx.gating, ctx.keep = gating, keep
+    ctx.gating = gating
     ctx.save_for_backward(x, h, index, weight, up, down, up_bias, down_bias, *routing)
 
 
@@ -189,8 +206,10 @@ def _experts_autograd(ctx, dout, *_):
 
 
 _implement("experts")(_experts)
+_implement("experts_inference")(_experts_inference)
 _implement("experts_backward")(_experts_backward)
 torch.library.register_fake("hf_moe::experts", _experts_fake, lib=_library)
+torch.library.register_fake("hf_moe::experts_inference", lambda x, *_: x.new_empty(x.shape), lib=_library)
 torch.library.register_fake("hf_moe::experts_backward", _experts_backward_fake, lib=_library)
 torch.library.register_autograd("hf_moe::experts", _experts_autograd, setup_context=_experts_setup, lib=_library)
 
@@ -223,18 +242,17 @@ def experts(
         out_TD in x's dtype; every product is accumulated in fp32.
     Gradients: everything but index. A frozen tensor's is not computed. An expert without rows gets exactly zero.
     Kept for backward: x, h (N·H, unless recomputed), index, weight, and some 9·N bytes of row numbers.
-    Cost: 2·N·D·(H + F) FLOPs forward, twice that backward; no host synchronisation, no atomics.
+    Cost: 2·N·D·(H + F) FLOPs forward, twice that backward; no host synchronisation, no atomics. A few tokens without
+        gradients are not sorted, and cost their experts' bytes and two or three launches (`small_batch`).
     Source: dropless grouped computation, arXiv:2211.15841; gathers fused, arXiv:2403.08245; dw = ⟨downᵀ dout, a⟩ so
         that the rows of output need not be kept, arXiv:2512.14080.
     """
     differentiable = (x_TD, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED)
-    keep = KEEP_NOTHING
+    args = x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED, *gating
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        keep = KEEP_X if recompute else KEEP_H
-    out, *_ = torch.ops.hf_moe.experts(
-        x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED, *gating, keep
-    )
-    return out
+        out, *_ = torch.ops.hf_moe.experts(*args, recompute)
+        return out
+    return torch.ops.hf_moe.experts_inference(*args)
 
 
 def _row_tile(x: Tensor, n_routes: int, n_experts: int) -> int:

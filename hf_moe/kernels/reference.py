@@ -191,3 +191,25 @@ def expert_choice(x_TD, weight_ED, bias_E, *, top_k, sigmoid, groups=1, top_grou
     if normalise:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
     return logits_TE, weight_TK * factor, index_TK
+
+
+def routed_rows(
+    x_NI: Tensor, weight_EHI: Tensor, expert_N: Tensor, gating: Gating | None = None, bias_EH: Tensor | None = None
+) -> Tensor:
+    """y[n] = gate(weight[e] @ x[n] + bias[e]) with e = expert[n]; zero where there is no such expert."""
+    rows = []
+    for x_I, e in zip(x_NI, expert_N.tolist(), strict=True):
+        h_H = weight_EHI[max(e, 0) % len(weight_EHI)] @ x_I
+        if bias_EH is not None:
+            h_H = h_H + bias_EH[max(e, 0) % len(weight_EHI)]
+        y = h_H if gating is None else gate(h_H[None], gating)[0]
+        rows.append(y if 0 <= e < len(weight_EHI) else torch.zeros_like(y))
+    return torch.stack(rows)
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    return x_TI @ weight_OI.T
+
+
+def gated_mlp(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, act: str = "swish") -> Tensor:
+    return (activation(x_TD @ gate_FD.T, Gating(act)) * (x_TD @ up_FD.T)) @ down_DF.T

@@ -11,6 +11,9 @@ import triton.language as tl
 
 from .tuning import cdiv, power_of_2
 
+# Up to here one launch sorts; beyond, counting every route in every program costs more than launches do.
+ONE_LAUNCH = 8192
+
 
 class Routing(NamedTuple):
     """The routes of a batch, sorted by expert, and the row tiles that grouped kernels walk through.
@@ -45,7 +48,7 @@ def tile_capacity(n_routes, n_experts):
 
 
 @triton.jit
-def _load_expert(index_ptr, n, N, E):
+def load_expert(index_ptr, n, N, E):
     expert = tl.load(index_ptr + n, mask=n < N, other=E).to(tl.int32)
     return tl.where((expert < 0) | (expert > E), E, expert)
 
@@ -53,7 +56,7 @@ def _load_expert(index_ptr, n, N, E):
 @triton.jit
 def _count_kernel(index_ptr, count_ptr, N, E, n_blocks, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
-    expert = _load_expert(index_ptr, block * BLOCK + tl.arange(0, BLOCK), N, E)
+    expert = load_expert(index_ptr, block * BLOCK + tl.arange(0, BLOCK), N, E)
     bins = tl.arange(0, BINS)
     tl.store(count_ptr + bins * n_blocks + block, tl.histogram(expert, BINS), mask=bins <= E)
 
@@ -72,36 +75,20 @@ def _scan_kernel(count_ptr, total_ptr, n_blocks, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _place_kernel(
-    index_ptr,
-    before_ptr,
-    total_ptr,
-    row_ptr,
-    position_ptr,
-    offset_ptr,
-    tile_ptr,
-    N,
-    E,
-    n_blocks,
-    n_tiles,
-    capacity,
-    BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
-    TILE_BLOCK: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-):
-    program = tl.program_id(0)
+def _place(
+    program, index_ptr, before, total, row_ptr, position_ptr, offset_ptr, tile_ptr,
+    N, E, n_blocks, n_tiles, capacity,
+    BLOCK: tl.constexpr, BINS: tl.constexpr, TILE_BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr,
+):  # fmt: skip
     bins = tl.arange(0, BINS)
-    total = tl.load(total_ptr + bins, mask=bins <= E, other=0)
     end = tl.cumsum(total, 0)
     begin = end - total
     if program < n_blocks:
         within = tl.arange(0, BLOCK)
         n = program * BLOCK + within
-        expert = _load_expert(index_ptr, n, N, E)
+        expert = load_expert(index_ptr, n, N, E)
         earlier = (expert[:, None] == expert[None, :]) & (within[None, :] < within[:, None])
-        position = tl.gather(begin, expert, 0) + tl.load(before_ptr + expert * n_blocks + program)
-        position += tl.sum(earlier.to(tl.int32), 1)
+        position = tl.gather(begin + before, expert, 0) + tl.sum(earlier.to(tl.int32), 1)
         tl.store(row_ptr + position, n, mask=n < N)
         tl.store(position_ptr + n, tl.where(expert < E, position, -1), mask=n < N)
     else:
@@ -121,6 +108,48 @@ def _place_kernel(
             tl.store(offset_ptr + bins, begin, mask=bins <= E)
 
 
+@triton.jit
+def _place_kernel(
+    index_ptr, before_ptr, total_ptr, row_ptr, position_ptr, offset_ptr, tile_ptr,
+    N, E, n_blocks, n_tiles, capacity,
+    BLOCK: tl.constexpr, BINS: tl.constexpr, TILE_BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    total = tl.load(total_ptr + bins, mask=bins <= E, other=0)
+    block = tl.minimum(program, n_blocks - 1)
+    before = tl.load(before_ptr + bins * n_blocks + block, mask=bins <= E, other=0)
+    _place(
+        program, index_ptr, before, total, row_ptr, position_ptr, offset_ptr, tile_ptr,
+        N, E, n_blocks, n_tiles, capacity, BLOCK, BINS, TILE_BLOCK, TILE_ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _route_kernel(
+    index_ptr, row_ptr, position_ptr, offset_ptr, tile_ptr, N, E, n_blocks, n_tiles, capacity,
+    BLOCK: tl.constexpr, BINS: tl.constexpr, TILE_BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    # Every program counts all routes again: for a few thousand that is less than two more launches cost.
+    program = tl.program_id(0)
+    first = tl.minimum(program, n_blocks) * BLOCK
+    before = tl.zeros((BINS,), tl.int32)
+    after = tl.zeros((BINS,), tl.int32)
+    for start in range(0, N, CHUNK):
+        n = start + tl.arange(0, CHUNK)
+        expert = load_expert(index_ptr, n, N, E)
+        # The last bin, which no expert has, takes what is not to be counted.
+        before += tl.histogram(tl.where(n < first, expert, BINS - 1), BINS)
+        after += tl.histogram(tl.where((n >= first) & (n < N), expert, BINS - 1), BINS)
+    counted = tl.arange(0, BINS) <= E
+    before = tl.where(counted, before, 0)
+    total = before + tl.where(counted, after, 0)
+    _place(
+        program, index_ptr, before, total, row_ptr, position_ptr, offset_ptr, tile_ptr,
+        N, E, n_blocks, n_tiles, capacity, BLOCK, BINS, TILE_BLOCK, TILE_ROWS,
+    )  # fmt: skip
+
+
 def route(index_TK: torch.Tensor, n_experts: int, tile_rows: int) -> Routing:
     """Sort routes by expert, stably, and cut each expert's rows into tiles.
 
@@ -131,37 +160,29 @@ def route(index_TK: torch.Tensor, n_experts: int, tile_rows: int) -> Routing:
             to no expert: its row is sorted to the end and in no tile.
         n_experts: E.
         tile_rows: rows a tile, a power of two.
-    Cost: three launches, 4·N·(E / 32 + 6) bytes at most; no host synchronisation, no atomics: deterministic.
+    Cost: one launch for up to ONE_LAUNCH routes, three beyond, with 4·N·(E / 32 + 6) bytes at most; no host
+        synchronisation, no atomics: deterministic.
     """
     N, device = index_TK.numel(), index_TK.device
-    block, chunk, tile_block = 128, 1024, 32
-    bins = power_of_2(n_experts + 1)
+    block, tile_block = 128, 32
     n_blocks, capacity = cdiv(N, block), tile_capacity(N, n_experts)
     index_TK = index_TK.contiguous()
-
+    sizes = (N, N, n_experts + 1, 3 * capacity + 1)
+    found = [torch.empty(size, dtype=torch.int32, device=device) for size in sizes]
+    routing = Routing(*found, tile_rows)
+    n_tiles = routing.max_tiles
+    grid = (n_blocks + cdiv(n_tiles, tile_block),)
+    # Two more bins than experts: routes of no expert, and what `_route_kernel` does not count.
+    blocks = (block, power_of_2(n_experts + 2), tile_block, tile_rows)
+    if N <= ONE_LAUNCH:
+        chunk = min(max(power_of_2(N), block), 4096)
+        _route_kernel[grid](
+            index_TK, *found, N, n_experts, n_blocks, n_tiles, capacity, *blocks, chunk, num_warps=4 if N <= 1024 else 8
+        )
+        return routing
     scratch = torch.empty((n_experts + 1) * (n_blocks + 1), dtype=torch.int32, device=device)
     count, total = scratch[n_experts + 1 :], scratch
-    sizes = (N, N, n_experts + 1, 3 * capacity + 1)
-    row, position, offset, tile = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
-    routing = Routing(row, position, offset, tile, tile_rows)
-    _count_kernel[(n_blocks,)](index_TK, count, N, n_experts, n_blocks, block, bins)
-    _scan_kernel[(n_experts + 1,)](count, total, n_blocks, chunk)
-    _place_kernel[(n_blocks + cdiv(routing.max_tiles, tile_block),)](
-        index_TK,
-        count,
-        total,
-        routing.row_N,
-        routing.position_N,
-        routing.offset_E1,
-        routing.tile,
-        N,
-        n_experts,
-        n_blocks,
-        routing.max_tiles,
-        capacity,
-        block,
-        bins,
-        tile_block,
-        tile_rows,
-    )
+    _count_kernel[(n_blocks,)](index_TK, count, N, n_experts, n_blocks, block, blocks[1])
+    _scan_kernel[(n_experts + 1,)](count, total, n_blocks, 1024)
+    _place_kernel[grid](index_TK, count, total, *found, N, n_experts, n_blocks, n_tiles, capacity, *blocks)
     return routing

@@ -161,7 +161,7 @@ def test_torch_compile_without_graph_breaks():
 def test_the_operators_agree_with_their_fakes():
     shape = NAMED["plain"]
     tensors = {name: t.requires_grad_() for name, t in inputs(shape, torch.float32).items()}
-    args = (tensors["x"], index(shape), tensors["weight"], tensors["up"], tensors["down"], None, None, *Gating(), 1)
+    args = (tensors["x"], index(shape), tensors["weight"], tensors["up"], tensors["down"], None, None, *Gating(), False)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.hf_moe.experts.default, args, test_utils=tests)
     args = (index(shape), tensors["x"], shape.E)

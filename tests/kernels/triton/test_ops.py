@@ -5,7 +5,7 @@ import torch
 from cases import NAMED, Shape, assert_as_good, index, normal, poison, shapes
 from hypothesis import given, settings
 
-from hf_moe.kernels import reference
+from hf_moe.kernels import reference, routing
 from hf_moe.kernels.combine import combine, spread
 from hf_moe.kernels.gating import Gating, gating_gradient
 from hf_moe.kernels.grouped_linear import grouped_linear
@@ -58,6 +58,12 @@ def check_route(shape: Shape, tile_rows: int) -> None:
 
 @pytest.mark.parametrize("shape", [s for s in NAMED.values() if s.T], ids=[n for n, s in NAMED.items() if s.T])
 def test_route(shape):
+    check_route(shape, 16)
+
+
+@some
+def test_route_in_three_launches(shape, monkeypatch):
+    monkeypatch.setattr(routing, "ONE_LAUNCH", 0)
     check_route(shape, 16)
 
 
