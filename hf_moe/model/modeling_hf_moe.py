@@ -32,9 +32,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm
+from .batching_hf_moe import LatentBatching
 from .configuration_hf_moe import HfMoeConfig
 from .generation_hf_moe import CapturedGeneration
-from .paging_hf_moe import sized_for_latents
 from .parallel_hf_moe import register_parallel_styles
 from .rotary_hf_moe import HfMoeRotaryEmbedding
 from .routing_hf_moe import HfMoeTopkRouter, auxiliary_loss
@@ -401,7 +401,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         }
 
 
-class HfMoeForCausalLM(CapturedGeneration, HfMoePreTrainedModel, GenerationMixin):
+class HfMoeForCausalLM(CapturedGeneration, LatentBatching, HfMoePreTrainedModel, GenerationMixin):
     """Language model: `HfMoeModel` and a linear head, with the router's losses added in training."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -486,22 +486,6 @@ class HfMoeForCausalLM(CapturedGeneration, HfMoePreTrainedModel, GenerationMixin
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers' own, with a cache sized for latents. Its flash decoding reads keys from pages: left out."""
-        manager: Any = super().init_continuous_batching(*args, **kwargs)
-        if getattr(manager, "_makes_latent_cache", False):
-            return manager
-        manager._makes_latent_cache = True
-        manager.continuous_batching_config.max_blocks_per_request = 0
-        create = manager._create_batch_processor
-
-        def create_for_latents() -> Any:
-            with sized_for_latents(self.config):
-                return create()
-
-        manager._create_batch_processor = create_for_latents
-        return manager
 
     def _has_auxiliary_loss(self) -> bool:
         config = self.config

@@ -5,6 +5,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny import tiny_config
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_moe import HfMoeConfig, HfMoeModel
@@ -27,7 +28,12 @@ ROPES = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
+    "proportional": {"partial_rotary_factor": 0.5, "factor": 2.0},
 }
+
+
+def test_every_rope_of_transformers_is_tried():
+    assert set(ROPES) == {"default", *ROPE_INIT_FUNCTIONS}
 
 
 @pytest.mark.parametrize("rope_type", ROPES)

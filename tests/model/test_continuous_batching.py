@@ -38,3 +38,24 @@ def test_pages_are_sized_for_latents(variant):
     assert numbers % 2 == 0
     for allocator in manager.batch_processor.cache.cache_allocators.values():
         assert allocator.bytes_per_page == PAGES["page_size"] * 2 * numbers
+
+
+def test_what_has_no_answer_raises():
+    model, texts = tiny_model(), [random_ids(1, length)[0].tolist() for length in (7, 22)]
+    with pytest.raises(ValueError, match="no beams, got num_beams=2"):
+        model.generate_batch(texts, generation_config=GenerationConfig(num_beams=2))
+    too_small = ContinuousBatchingConfig(**PAGES | {"num_blocks": 2})
+    with pytest.raises(RuntimeError, match="1 of 2 sequences failed: No requests can be scheduled"):
+        model.generate_batch(texts, generation_config=GREEDY, continuous_batching_config=too_small, warmup=False)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_several_sequences_for_each_text(sequences):
+    model, texts = tiny_model(), [random_ids(1, length)[0].tolist() for length in (7, 22)]
+    sampled = GenerationConfig(
+        max_new_tokens=6, do_sample=True, num_return_sequences=sequences, eos_token_id=98, pad_token_id=0
+    )
+    pages = ContinuousBatchingConfig(**PAGES)
+    answers = model.generate_batch(texts, generation_config=sampled, continuous_batching_config=pages, warmup=False)
+    assert len(answers) == 2 * sequences
+    assert all(0 < len(answer.generated_tokens) <= 6 for answer in answers.values())
