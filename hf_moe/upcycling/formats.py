@@ -59,6 +59,7 @@ FEATURES: dict[str, Callable[[Fields], bool]] = {
     "sigmoid router": lambda c: c["scoring_func"] == "sigmoid",
     "selection bias": lambda c: c["topk_method"] == "noaux_tc",
     "expert groups ranked by their best expert": lambda c: c["topk_method"] == "group_limited_greedy",
+    "as many experts of each group": lambda c: c["topk_each_group"],
     "weights that are not normalised": lambda c: not c["norm_topk_prob"],
     "routed scaling factor": lambda c: c["routed_scaling_factor"] != 1,
 }
