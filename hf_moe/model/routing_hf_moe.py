@@ -59,7 +59,8 @@ class HfMoeTopkRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits (T, E), weights (T, K) and indices (T, K) for hidden states (..., D)."""
         x_TD = hidden_states.reshape(-1, self.hidden_dim)
-        if (kernel := fused("expert_choice", x_TD, self.weight)) is not None:
+        kernel = None if self.topk_each_group else fused("expert_choice", x_TD, self.weight)
+        if kernel is not None:
             has_bias = self.topk_method == "noaux_tc"
             chosen = kernel(
                 x_TD,
