@@ -172,8 +172,9 @@ class FolderSource(Source):
             if os.fstat(file.fileno()).st_size < end:
                 raise ValueError(f"{header.file.name} was truncated while it was read: {name} ends at {end}")
             mapped = mmap.mmap(file.fileno(), end - aligned, access=mmap.ACCESS_COPY, offset=aligned)
-        if hasattr(mmap, "MADV_SEQUENTIAL"):
-            mapped.madvise(mmap.MADV_SEQUENTIAL)
+        if hasattr(mmap, "MADV_WILLNEED"):
+            # Begin to read all of it now: page by page, as it is touched, a disk gives a fifth of its speed.
+            mapped.madvise(mmap.MADV_WILLNEED)
         dtype = torch_dtype(header.dtype)
         offset = begin - aligned
         if offset % dtype.itemsize:
