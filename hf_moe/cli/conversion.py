@@ -102,10 +102,10 @@ TopK = Annotated[int | None, typer.Option(help="Routed experts a token; 2 by def
 Shards = Annotated[int, typer.Option(help="Parts that split cuts the MLP into.", rich_help_panel=MIXTURE)]
 SharedShards = Annotated[int, typer.Option(help="How many of the shards every token passes.", rich_help_panel=MIXTURE)]
 SplitScale = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="factor: in the configuration, weights stay as they are. down: on the down-projections, for export to "
-        "classes without a routed factor.",
+        help="groups (by default in split): the router takes as many copies of every shard, whatever it learns. factor "
+        "(in the configuration) and down (on the down-projections): a plain router, for export to other classes.",
         rich_help_panel=MIXTURE,
     ),
 ]
@@ -147,7 +147,7 @@ def plan(
     top_k: TopK = None,
     shards: Shards = 1,
     shared_shards: SharedShards = 0,
-    split_scale: SplitScale = "factor",
+    split_scale: SplitScale = None,
     drop_ratio: DropRatio = 0.5,
     noise_std: NoiseStd = 0.05,
     dense_layers: DenseLayers = "",
@@ -186,7 +186,7 @@ def upcycle(
     top_k: TopK = None,
     shards: Shards = 1,
     shared_shards: SharedShards = 0,
-    split_scale: SplitScale = "factor",
+    split_scale: SplitScale = None,
     drop_ratio: DropRatio = 0.5,
     noise_std: NoiseStd = 0.05,
     dense_layers: DenseLayers = "",

@@ -57,7 +57,8 @@ class HfMoeConfig(PreTrainedConfig):
         scoring_func: "softmax" or "sigmoid" of the router's logits, in fp32.
         topk_method: "greedy"; "group_limited_greedy" (best expert ranks a group, DeepSeek-V2); "noaux_tc" (the best two
             rank it, with a selection bias that is no part of the weight, DeepSeek-V3).
-        n_group, topk_group: number of expert groups, and how many of them a token may use.
+        n_group, topk_group: number of expert groups, and how many of them a token may use. With `topk_each_group` it
+            uses all of them instead, K / n_group experts of each, and weights are normalised inside of a group.
         norm_topk_prob, routed_scaling_factor: weights are divided by their sum, then multiplied by the factor.
         router_aux_loss_coef, router_seq_aux_loss_coef, router_z_loss_coef: added to the training loss when above 0.
         num_nextn_predict_layers: layers behind the last one in the checkpoint's files, for multi-token prediction
@@ -141,6 +142,7 @@ class HfMoeConfig(PreTrainedConfig):
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "greedy"
     n_group: int = 1
     topk_group: int = 1
+    topk_each_group: bool = False
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     output_router_logits: bool = False
@@ -345,14 +347,23 @@ class HfMoeConfig(PreTrainedConfig):
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group={self.topk_group} is above n_group={self.n_group}")
         reachable = self.n_routed_experts
-        if self.topk_method != "greedy":
+        if self.topk_each_group:
+            if self.topk_method == "group_limited_greedy":
+                raise ValueError("topk_each_group=True takes every group, topk_method='group_limited_greedy' only some")
+            if self.num_experts_per_tok % self.n_group:
+                raise ValueError(
+                    f"num_experts_per_tok={self.num_experts_per_tok} is not divisible by n_group={self.n_group}: "
+                    "topk_each_group takes as many experts of every group"
+                )
+        elif self.topk_method != "greedy":
             reachable = reachable // self.n_group * self.topk_group
         if self.num_experts_per_tok > reachable:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is above the {reachable} experts a token can reach "
                 f"(n_routed_experts={self.n_routed_experts}, topk_group={self.topk_group} of n_group={self.n_group})"
             )
-        if self.topk_method == "noaux_tc" and self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+        ranked = self.topk_method == "noaux_tc" and not self.topk_each_group
+        if ranked and self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
             raise ValueError(
                 f"noaux_tc ranks a group by its best two experts, but n_routed_experts={self.n_routed_experts} in "
                 f"n_group={self.n_group} leaves one"

@@ -346,7 +346,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         wants_logits = self.training and kwargs.get("output_router_logits") and self.config.router_aux_loss_coef
         if not kwargs.pop("from_own_head", False) and wants_logits:
             router = self.config.scoring_func, self.config.topk_method
-            if router != ("softmax", "greedy"):
+            if router != ("softmax", "greedy") or self.config.topk_each_group:
                 raise ValueError(
                     f"router_aux_loss_coef={self.config.router_aux_loss_coef} outside of {type(self).__name__}'s own "
                     f"head would be that of a greedy softmax router, and this one is {router}: set it to 0"

@@ -23,6 +23,9 @@ class HfMoeTopkRouter(nn.Module):
     A group is ranked by its best expert ("group_limited_greedy") or by its best two ("noaux_tc"). The bias
     `e_score_correction_bias` steers the choice only: no gradient, no part in the weights.
 
+    With `topk_each_group` every group gives its best K / n_group experts, and weights are normalised inside of each:
+    where a group holds the copies of one piece of an MLP, the pieces add up to the MLP whatever the router says.
+
     Weights are fp32, or fp64 where experts compute in fp32 on a CPU.
 
     `batch_share`, where training sets it, is the experts' share (E,) of a whole batch's choices: the load-balancing
@@ -30,7 +33,8 @@ class HfMoeTopkRouter(nn.Module):
 
     Gradients: through `weights` to x and W; the choice itself has none.
     Cost: 2·T·D·E FLOPs.
-    Source: arXiv:2405.04434 section 2.1.2; arXiv:2412.19437 section 2.1.2; arXiv:2408.15664 (the bias).
+    Source: arXiv:2405.04434 section 2.1.2; arXiv:2412.19437 section 2.1.2; arXiv:2408.15664 (the bias);
+        arXiv:2505.21411 (the same number from each group).
     """
 
     batch_share: torch.Tensor | None = None
@@ -44,6 +48,7 @@ class HfMoeTopkRouter(nn.Module):
         self.topk_method = config.topk_method
         self.n_group = config.n_group
         self.topk_group = config.topk_group
+        self.topk_each_group = config.topk_each_group
         self.norm_topk_prob = config.norm_topk_prob
         self.routed_scaling_factor = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
@@ -54,7 +59,8 @@ class HfMoeTopkRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits (T, E), weights (T, K) and indices (T, K) for hidden states (..., D)."""
         x_TD = hidden_states.reshape(-1, self.hidden_dim)
-        if (kernel := fused("expert_choice", x_TD, self.weight)) is not None:
+        kernel = None if self.topk_each_group else fused("expert_choice", x_TD, self.weight)
+        if kernel is not None:
             has_bias = self.topk_method == "noaux_tc"
             chosen = kernel(
                 x_TD,
@@ -91,6 +97,8 @@ class HfMoeTopkRouter(nn.Module):
         choice_TE = scores_TE
         if self.topk_method == "noaux_tc":
             choice_TE = scores_TE + self.e_score_correction_bias
+        if self.topk_each_group:
+            return self._select_of_each_group(scores_TE, choice_TE)
         if self.topk_method != "greedy" and self.n_group > 1:
             choice_TE = choice_TE.masked_fill(~self._allowed_experts(choice_TE), float("-inf"))
         index_TK = torch.topk(choice_TE, self.top_k, dim=-1, sorted=False).indices
@@ -98,6 +106,18 @@ class HfMoeTopkRouter(nn.Module):
         if self.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
         return weights_TK * self.routed_scaling_factor, index_TK
+
+    def _select_of_each_group(
+        self, scores_TE: torch.Tensor, choice_TE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # G groups, each of E / G experts, of which J = K / G are chosen.
+        scores_TGE, choice_TGE = (each.unflatten(-1, (self.n_group, -1)) for each in (scores_TE, choice_TE))
+        index_TGJ = torch.topk(choice_TGE, self.top_k // self.n_group, dim=-1, sorted=False).indices
+        weights_TGJ = scores_TGE.gather(-1, index_TGJ)
+        if self.norm_topk_prob:
+            weights_TGJ = weights_TGJ / (weights_TGJ.sum(dim=-1, keepdim=True) + 1e-20)
+        first_G1 = torch.arange(0, self.num_experts, scores_TGE.shape[-1], device=index_TGJ.device).unsqueeze(-1)
+        return weights_TGJ.flatten(1) * self.routed_scaling_factor, (index_TGJ + first_G1).flatten(1)
 
     def _allowed_experts(self, choice_TE: torch.Tensor) -> torch.Tensor:
         grouped = choice_TE.unflatten(-1, (self.n_group, -1))

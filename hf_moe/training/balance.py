@@ -44,12 +44,14 @@ def use_selection_bias(model: Any) -> Any:
         if router.topk_method == "group_limited_greedy":
             raise ValueError(f"topk_method={router.topk_method!r} would choose other experts with a selection bias")
         if router.topk_method == "greedy":
-            router.topk_method, router.n_group, router.topk_group = "noaux_tc", 1, 1
+            router.topk_method = "noaux_tc"
+            router.n_group, router.topk_group = (router.n_group if router.topk_each_group else 1), 1
             router.register_buffer(BIAS, torch.zeros(router.num_experts, device=router.weight.device))
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "topk_method", None) == "greedy":
-            config.topk_method, config.n_group, config.topk_group = "noaux_tc", 1, 1
+            config.topk_method = "noaux_tc"
+            config.n_group, config.topk_group = (config.n_group if config.topk_each_group else 1), 1
         if hasattr(module, "_keep_in_fp32_modules_strict"):
             module._keep_in_fp32_modules_strict = {*(module._keep_in_fp32_modules_strict or ()), BIAS}
     return model

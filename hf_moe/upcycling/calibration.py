@@ -34,7 +34,7 @@ class CalibratedSource(FolderSource):
     def __init__(self, source: Source, path: Path):
         super(FolderSource, self).__init__(source.location, source.path, source.revision)
         self.source, self.config, self.headers = source, source.config, source.headers
-        self._stored, self._scales, self._block = read_header(path), {}, None
+        self._stored, self._encodings = read_header(path), {}
 
     @property
     def branches(self) -> list[Source]:
@@ -112,9 +112,11 @@ def _learn(source: Source, options: Options, sparse: list[int], progress: bool) 
         if options.router == "activity":
             learnt[f"layers.{layer}.router"] = activity_router(x, contribution, routed, options.experts)
         elif options.router == "centroids":
-            repeats = options.shards - shared if options.mode == "split" else 1
-            rows = centroid_router(x, options.experts // repeats, seed)
-            learnt[f"layers.{layer}.router"] = rows.repeat_interleave(repeats, dim=0).contiguous()
+            sets = options.shards - shared if options.mode == "split" else 1
+            rows = centroid_router(x, options.experts // sets, seed)
+            # Copy by copy where the groups are the shards, else shard by shard.
+            rows = rows.repeat(sets, 1) if options.split_scale == "groups" else rows.repeat_interleave(sets, dim=0)
+            learnt[f"layers.{layer}.router"] = rows.contiguous()
         elif options.router == "prompts":
             inputs[layer].append(x)
 

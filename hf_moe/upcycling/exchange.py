@@ -36,7 +36,7 @@ class MixtureSource(FolderSource):
             raise ValueError(f"{path} holds a {self.model_type!r} model; known are {known}")
         self.config = filled_in(raw)
         self.headers = self._stored = read_folder(path)
-        self._scales, self._block = {}, None
+        self._encodings = {}
 
 
 def export(

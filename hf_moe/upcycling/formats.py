@@ -78,6 +78,7 @@ FEATURES: dict[str, Callable[[Fields], bool]] = {
     "sigmoid router": lambda c: _sparse(c) and c["scoring_func"] == "sigmoid",
     "selection bias": lambda c: _sparse(c) and c["topk_method"] == "noaux_tc",
     "expert groups ranked by their best expert": lambda c: _sparse(c) and c["topk_method"] == "group_limited_greedy",
+    "as many experts of each group": lambda c: _sparse(c) and c["topk_each_group"],
     "weights that are not normalised": lambda c: _sparse(c) and not c["norm_topk_prob"],
     "routed scaling factor": lambda c: _sparse(c) and c["routed_scaling_factor"] != 1,
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .headers import TensorHeader
+from .quantised import encodings, presented
 from .sources import COPIED_FILES, FolderSource, Source, complete, read_config
 
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ class RemoteSource(Source):
             except NotASafetensorsRepoError as error:
                 raise ValueError(f"{location} holds no weights: no safetensors files") from error
         super().__init__(location, path, revision or path.name)
-        self.config = complete(read_config(path))
-        self.headers = {
+        raw = read_config(path)
+        self.config = complete(raw)
+        stored = {
             name: TensorHeader(tensor.dtype, tuple(tensor.shape), Path(file), *tensor.data_offsets)
             for file, content in metadata.files_metadata.items()
             for name, tensor in content.tensors.items()
         }
+        self.headers = presented(stored, encodings(raw, stored))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
         """Never: the weights are not here."""

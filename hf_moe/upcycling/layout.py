@@ -59,6 +59,8 @@ class Layout:
                 f"intermediate_size={config['intermediate_size']} is not divisible by shards={options.shards}"
                 + (" (experts and shared shards)" if options.mode == "cluster" else "")
             )
+        # The experts of a group are the copies of one shard.
+        self.grouped = options.mode == "split" and options.split_scale == "groups"
         layers = range(config["num_hidden_layers"])
         self.sparse = [options.experts > 1 and i not in options.dense_layers for i in layers]
         floats = [header.dtype for header in self.headers.values() if header.dtype in FLOAT_TYPES]
@@ -115,8 +117,8 @@ class Layout:
 
     def target_config(self) -> dict[str, Any]:
         options = self.options
-        # Normalised weights sum to 1 over all shards; each shard's share must be 1.
-        shares = options.shards - options.shared_shards
+        # Normalised weights sum to 1 over all shards, or over each one; each shard's share must be 1.
+        shares = routed = options.shards - options.shared_shards
         if options.mode == "cluster":
             # Those that a token meets.
             shares = options.top_k or 1
@@ -135,6 +137,8 @@ class Layout:
             "moe_intermediate_size": self.width,
             "n_shared_experts": options.shared_shards,
             "norm_topk_prob": True,
+            "n_group": routed if self.grouped else 1,
+            "topk_each_group": self.grouped,
             "routed_scaling_factor": self.residual * (shares if options.split_scale == "factor" else 1.0),
         }
         return fields
@@ -212,7 +216,7 @@ class Layout:
                 f"router_{options.router}",
                 [],
                 layer,
-                repeats=1 if options.mode == "cluster" else routed,
+                repeats=1 if options.mode == "cluster" or self.grouped else routed,
                 std=options.router_std,
                 seed=f"{options.seed}/{layer}",
             )
@@ -220,8 +224,9 @@ class Layout:
             stop = options.shared_shards * self.width
             yield from self._mlp(f"{prefix}shared_experts.", layer, 0, stop, self.residual)
         for expert in range(options.experts):
-            start = (options.shared_shards + expert % routed) * self.width
-            scale = 1.0 if options.split_scale == "factor" else float(routed)
+            shard = expert * routed // options.experts if self.grouped else expert % routed
+            start = (options.shared_shards + shard) * self.width
+            scale = float(routed) if options.split_scale == "down" else 1.0
             tensors = self._mlp(f"{prefix}experts.{expert}.", layer, start, start + self.width, scale)
             yield from map(self._changed, tensors) if options.mode in ("drop", "noise") else tensors
 

@@ -12,6 +12,7 @@ MODES = {
     "branch": "experts from several dense models of one shape in turn, everything else their mean; not exact",
 }
 SPLIT_SCALES = {
+    "groups": "nowhere: a router that takes as many copies of every shard, with weights that sum to 1 for each shard",
     "factor": "in the configuration's routed_scaling_factor; weights stay the source's numbers",
     "down": "on the experts' down-projections, for classes without such a factor",
 }
@@ -39,7 +40,8 @@ class Options:
             attention only and leaves K = 1.
         shards: into how many parts `split` cuts the MLP; in `cluster` experts + shared_shards; 1 elsewhere.
         shared_shards: how many of them are always on.
-        split_scale: a key of `SPLIT_SCALES`, where the number of routed shards stands that normalised weights lack.
+        split_scale: a key of `SPLIT_SCALES`, where the number of routed shards stands that normalised weights lack;
+            "groups" by default in mode `split`. With the others a token may miss shards once the router learns.
         drop_ratio: share of the neurons that `drop` draws anew. noise_std: strength of `noise`.
         attention: a key of `ATTENTIONS`. router: a key of `ROUTERS`, with `router_std`; "activity" by default in mode
             `cluster`, "random" elsewhere.
@@ -59,7 +61,7 @@ class Options:
     top_k: int | None = None
     shards: int = 1
     shared_shards: int = 0
-    split_scale: str = "factor"
+    split_scale: str | None = None
     drop_ratio: float = 0.5
     noise_std: float = 0.05
     attention: str = "exact"
@@ -73,6 +75,8 @@ class Options:
     max_shard_bytes: int = 1_000_000_000
 
     def __post_init__(self) -> None:
+        if self.split_scale is None:
+            object.__setattr__(self, "split_scale", "groups" if self.mode == "split" else "factor")
         if self.router is None:
             object.__setattr__(self, "router", "activity" if self.mode == "cluster" else "random")
         for name, known in (
@@ -110,6 +114,8 @@ class Options:
             self._check_split()
         elif self.mode == "cluster":
             self._check_cluster()
+        elif self.split_scale == "groups":
+            raise ValueError(f"split_scale='groups' belongs to mode='split', not to mode={self.mode!r}")
         elif self.shards != 1 or self.shared_shards:
             raise ValueError(
                 f"shards={self.shards} and shared_shards={self.shared_shards} belong to mode='split', "
@@ -121,8 +127,11 @@ class Options:
             raise ValueError(f"mode='split' needs at least 2 shards, got {self.shards}")
         if self.shared_shards >= self.shards:
             raise ValueError(f"shared_shards={self.shared_shards} must be below shards={self.shards}")
-        if self.router == "zero":
-            raise ValueError("mode='split' needs router='random': with equal scores a token would miss a shard")
+        if self.router == "zero" and self.split_scale != "groups":
+            raise ValueError(
+                f"router='zero' needs split_scale='groups', not {self.split_scale!r}: with equal scores a token would "
+                "miss a shard"
+            )
         routed = self.shards - self.shared_shards
         for name in ("experts", "top_k"):
             if getattr(self, name) % routed:

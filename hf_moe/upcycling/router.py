@@ -1,8 +1,9 @@
 """First weights of the routers.
 
-With copies, any router is exact: normalised weights of equal experts sum to 1. With shards, the copies of the shards
-come in sets (expert e is shard e mod R of set e ÷ R), and all members of a set have the same row: the top K are then
-whole sets, so that every token meets every shard with a total weight of 1.
+With copies, any router is exact: normalised weights of equal experts sum to 1. So it is with shards where the copies of
+each are a group that gives as many experts and has weights of its own. Without groups the copies come in sets (expert e
+is shard e mod R of set e ÷ R), and all members of a set have the same row: the top K are then whole sets, so that every
+token meets every shard with a total weight of 1.
 
 Source: arXiv:2410.07524 section 3.2 (the same row for a set).
 """

@@ -181,9 +181,10 @@ def _differing(plan: Plan, source: Source, folder: Path, record: Record, advance
                 return
             for tensor in shard.tensors:
                 produced = next(stream)
-                if hash_bytes(file, tensor.nbytes) != produced.sha256:
+                sha256, _ = produced.hashes()
+                if hash_bytes(file, tensor.nbytes) != sha256:
                     yield f"{tensor.name} in {shard.file} differs from what its source gives"
-                elif record.hashes.get(tensor.name) != produced.sha256:
+                elif record.hashes.get(tensor.name) != sha256:
                     yield f"{tensor.name} has another hash in {PROVENANCE_NAME}"
                 advance(tensor.nbytes)
 

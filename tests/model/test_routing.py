@@ -19,6 +19,11 @@ def chosen_by_loop(router: HfMoeTopkRouter, scores: torch.Tensor) -> list[set[in
     result = []
     for row in (scores + bias).tolist():
         candidates = range(router.num_experts)
+        if router.topk_each_group:
+            size, each = router.num_experts // router.n_group, router.top_k // router.n_group
+            groups = [sorted(range(g * size, (g + 1) * size), key=lambda e: -row[e]) for g in range(router.n_group)]
+            result.append({e for g in groups for e in g[:each]})
+            continue
         if router.topk_method != "greedy":
             size = router.num_experts // router.n_group
             groups = [list(range(g * size, (g + 1) * size)) for g in range(router.n_group)]
@@ -29,10 +34,23 @@ def chosen_by_loop(router: HfMoeTopkRouter, scores: torch.Tensor) -> list[set[in
     return result
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "gqa"])
-def test_router_is_its_formula_and_has_its_gradient(name):
+EACH_GROUP = {"n_routed_experts": 12, "num_experts_per_tok": 6, "n_group": 3, "topk_each_group": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("deepseek_v3", {}),
+        ("deepseek_v2", {}),
+        ("gqa", {}),
+        ("gqa", EACH_GROUP),
+        ("deepseek_v3", EACH_GROUP),
+        ("gqa", {**EACH_GROUP, "num_experts_per_tok": 3, "norm_topk_prob": False}),
+    ],
+)
+def test_router_is_its_formula_and_has_its_gradient(name, changes):
     torch.manual_seed(0)
-    router = HfMoeTopkRouter(tiny_config(name))
+    router = HfMoeTopkRouter(tiny_config(name, **changes))
     torch.nn.init.normal_(router.weight)
     if router.topk_method == "noaux_tc":
         router.e_score_correction_bias.normal_()
@@ -44,7 +62,9 @@ def test_router_is_its_formula_and_has_its_gradient(name):
     truth = truth.sigmoid() if router.scoring_func == "sigmoid" else truth.softmax(-1)
     truth = truth.gather(1, index)
     if router.norm_topk_prob:
-        truth = truth / truth.sum(-1, keepdim=True)
+        group = index // (router.num_experts // router.n_group) if router.topk_each_group else torch.zeros_like(index)
+        same = (group[:, :, None] == group[:, None, :]).double()
+        truth = truth / (same @ truth[:, :, None]).squeeze(-1)
     truth = truth * router.routed_scaling_factor
     torch.testing.assert_close(weights.double(), truth, rtol=1e-5, atol=1e-6)
 

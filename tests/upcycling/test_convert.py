@@ -323,7 +323,11 @@ def test_bad_index(source, tmp_path, kind):
             {"mode": "split", "shards": 4, "experts": 6, "top_k": 4},
             "experts=6 is not a multiple of the 4 routed shards",
         ),
-        ({"mode": "split", "shards": 2, "router": "zero", "experts": 4, "top_k": 2}, "needs router='random'"),
+        (
+            {"mode": "split", "shards": 2, "router": "zero", "experts": 4, "top_k": 2, "split_scale": "down"},
+            "router='zero' needs split_scale='groups', not 'down'",
+        ),
+        ({"split_scale": "groups"}, "split_scale='groups' belongs to mode='split'"),
         ({"shards": 2}, "belong to mode='split'"),
     ],
 )

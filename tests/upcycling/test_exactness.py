@@ -7,10 +7,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_moe.upcycling import upcycle
 
+FACTOR = {"mode": "split", "shards": 4, "experts": 8, "top_k": 4, "split_scale": "factor"}
 MODES = {
     "copy": {"mode": "copy", "experts": 4, "top_k": 2},
     "split": {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 12, "top_k": 6},
     "split_all_routed": {"mode": "split", "shards": 2, "experts": 6, "top_k": 2},
+    "split_scaled_factor": FACTOR,
     "split_scaled_down": {"mode": "split", "shards": 4, "experts": 8, "top_k": 4, "split_scale": "down"},
     "attention_only": {"experts": 1},
 }
@@ -82,7 +84,7 @@ def test_dense_layers_stay_dense(tmp_path):
 def test_a_scale_on_gate_and_up_is_wrong(tmp_path):
     """silu(s·x) is not s·silu(x): of the two places for a shard's scale, only one keeps the function."""
     source = save_dense(tmp_path / "dense")
-    target = upcycle(source, tmp_path / "moe", mode="split", shards=4, experts=8, top_k=4, progress=False)
+    target = upcycle(source, tmp_path / "moe", progress=False, **FACTOR)
     dense, moe = load_pair(source, target)
     ids = random_ids()
     expected, factor = dense(ids).logits, 4.0

@@ -140,7 +140,7 @@ def test_fields_that_servers_read(tmp_path):
             "llama3",
             {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 6, "top_k": 3},
             "mixtral",
-            "no place for: routed scaling factor, shared experts",
+            "no place for: as many experts of each group, shared experts",
         ),
         ("llama3", {}, "olmoe", "unknown format 'olmoe'; known are mixtral, qwen3_moe, deepseek_v3"),
     ],

@@ -1,4 +1,4 @@
-"""Sources in 8-bit floats: read as the numbers they stand for, converted and verified."""
+"""Sources in 8-bit numbers: read as the numbers they stand for, converted and verified."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_missing_scale_wrong_scale_and_other_methods(tmp_path):
         upcycle(folder, tmp_path / "moe", progress=False)
     assert not list(tmp_path.glob("*moe*"))
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "hqq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="weights quantised by gptq are not read; known are fp8 in blocks"):
+    with pytest.raises(ValueError, match="weights quantised by hqq are not read; known are fp8, compressed-tensors"):
         open_source(folder)
