@@ -29,6 +29,13 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to make. It appears when it is complete.")],
     to: Annotated[str, typer.Option(help="mixtral, qwen3_moe or deepseek_v3.")],
     engine: Annotated[str, typer.Option(help="Who will serve it: transformers, vllm or sglang.")] = "transformers",
+    latent_norm: Annotated[
+        str,
+        typer.Option(
+            help="For deepseek_v3 from latents without norm. constant: a constant beside them undoes it, exactly. "
+            "calibrated: a norm that is near on text; not exact, but without the bias that vllm and sglang leave out."
+        ),
+    ] = "constant",
     measure: Annotated[
         bool, typer.Option(help="Run both models afterwards, in float32, and say how far their logits are apart.")
     ] = True,
@@ -39,7 +46,7 @@ def export(
         from ..upcycling.exchange import export as run
         from ..upcycling.exchange import measure_export
 
-        typer.echo(f"{run(folder, out, to, engine=engine, progress=not quiet)} is ready.")
+        typer.echo(f"{run(folder, out, to, engine=engine, latent_norm=latent_norm, progress=not quiet)} is ready.")
         if measure:
             found = measure_export(folder, out, progress=not quiet)
             same = "the same" if found["greedy_equal"] else "not the same"

@@ -22,6 +22,10 @@ from typing import Any
 
 import torch
 
+from .formats import union_of
+
+# A norm's epsilon, which engines do not agree on, is nothing beside a latent that is so much larger.
+CALIBRATED_SCALE = 64.0
 # The norm's scale s: a power of two, so that dividing by it and multiplying rounds nothing away; ε is 2e-9 for
 # latents of mean square 4.
 NORM_SCALE = 2.0**15
@@ -58,22 +62,14 @@ class Shape:
     def of(cls, config: Any) -> "Shape":
         """That of an `HfMoeConfig`."""
         own = config.rope_frequencies or [list(range(config.qk_rope_head_dim // 2))] * config.num_hidden_layers
-        most = Counter[int]()
-        for pairs in own:
-            most |= Counter(pairs)
-        union = sorted(most.elements())
-        first = {frequency: union.index(frequency) for frequency in most}
-        places = []
+        union, by_layer = union_of(own), []
         for pairs in own:
             seen = Counter[int]()
+            places = []
             for frequency in pairs:
-                places.append(first[frequency] + seen[frequency])
+                places.append(union.index(frequency) + seen[frequency])
                 seen[frequency] += 1
-        counts, ends = [len(pairs) for pairs in own], 0
-        by_layer = []
-        for count in counts:
-            by_layer.append(tuple(places[ends : ends + count]))
-            ends += count
+            by_layer.append(tuple(places))
         whole = union == list(range(config.head_dim // 2))
         return cls(
             config.num_key_value_heads,
@@ -176,10 +172,11 @@ def select_query(*, size: int, free_scale: float, scale: float, columns: int, **
     return stock_query(torch.eye(size), free_scale=free_scale, scale=scale, columns=columns, **shape)
 
 
-def stock_latent(weight: torch.Tensor, *, size: int, **shape: Any) -> torch.Tensor:
-    """Rows of latent and keys, or their bias, at their places among `size`; the others zero."""
+def stock_latent(weight: torch.Tensor, *, size: int, scale: float = 1.0, **shape: Any) -> torch.Tensor:
+    """Rows of latent, times `scale`, and keys, or their bias, at their places among `size`; the others zero."""
     result = weight.new_zeros(size, *weight.shape[1:])
     result[latent_places(**shape)] = weight
+    result[: shape["latent"]] *= scale
     return result
 
 
@@ -188,9 +185,11 @@ def own_latent(weight: torch.Tensor, **shape: Any) -> torch.Tensor:
     return weight[latent_places(**shape)]
 
 
-def latent_bias(*bias: torch.Tensor, size: int, constants: list[float], **shape: Any) -> torch.Tensor:
+def latent_bias(
+    *bias: torch.Tensor, size: int, constants: list[float], scale: float = 1.0, **shape: Any
+) -> torch.Tensor:
     """Bias of latent and keys, ours where there is one, with the constants behind the latent."""
-    result = stock_latent(bias[0], size=size, **shape) if bias else torch.zeros(size)
+    result = stock_latent(bias[0], size=size, scale=scale, **shape) if bias else torch.zeros(size)
     result[shape["latent"] - len(constants) : shape["latent"]] = result.new_tensor(constants)
     return result
 

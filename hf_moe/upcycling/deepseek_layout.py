@@ -21,21 +21,23 @@ class StockLayout:
 
     Args:
         config: an `HfMoeConfig`. dtype: of the projections, as safetensors names it.
+        norms: for latents without norm the mean root mean square of each layer's, so that the stock norm is near to
+            what was there; None for constants that undo it.
     Raises:
         ValueError: float16 and a latent without norm.
     """
 
-    def __init__(self, config: Any, dtype: str):
+    def __init__(self, config: Any, dtype: str, norms: list[float] | None = None):
         from .deepseek import Shape, norm_constants, rope_of
         from .sources import torch_dtype
 
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.norms = config, dtype, norms
         self.shape = Shape.of(config)
         self.rope, self.scale, self.free_scale = rope_of(config, self.shape)
         hidden, free = config.hidden_size, config.qk_nope_head_dim
         self.queries = [config.num_attention_heads * (free + width) for width in config.rotary_widths]
         self.constants: list[float] = []
-        if not config.kv_a_layernorm:
+        if not config.kv_a_layernorm and norms is None:
             self.constants = norm_constants(self.shape.latent, torch_dtype(dtype))
         self.latent = self.shape.latent + len(self.constants)
         # A bottleneck of the queries: ours with its norm, or one whose norm a constant undoes.
@@ -50,8 +52,11 @@ class StockLayout:
 
     def fields(self) -> dict[str, Any]:
         """The attention's part of the stock configuration."""
-        config = self.config
-        return {
+        config, fields = self.config, {}
+        if self.norms is None:
+            own = config.to_diff_dict()
+            fields[MARKER] = {key: value for key, value in own.items() if key not in ("auto_map", "dtype")}
+        return fields | {
             "num_key_value_heads": config.num_attention_heads,
             "kv_lora_rank": self.latent,
             "q_lora_rank": self.bottleneck,
@@ -61,7 +66,6 @@ class StockLayout:
             "attention_bias": self.biased,
             "rope_parameters": self.rope,
             "rope_interleave": True,
-            MARKER: {key: value for key, value in config.to_diff_dict().items() if key not in ("auto_map", "dtype")},
         }
 
     def outward(self, headers: Mapping[str, TensorHeader]) -> Iterator[TargetTensor]:
@@ -85,6 +89,8 @@ class StockLayout:
         norm, bias = f"{prefix}kv_a_layernorm.weight", f"{prefix}kv_a_proj_with_mqa.bias"
         places = self._latent_places(layer)
         size, arguments = self.latent + self.shape.rotary, {"latent": self.latent, **places}
+        if self.norms is not None:
+            arguments["scale"] = _calibrated_scale()
         name = f"{prefix}kv_a_proj_with_mqa.weight"
         yield self._make(name, (size, hidden), "stock_latent", [name], layer, headers, size=size, **arguments)
         if self.biased:
@@ -95,7 +101,8 @@ class StockLayout:
         if config.kv_a_layernorm:
             yield self._make(norm, (self.latent,), "pad_norm", [norm], layer, headers, size=self.latent)
         else:
-            yield self._filled(norm, (self.latent,), layer, _norm_scale())
+            value = _norm_scale() if self.norms is None else self.norms[layer]
+            yield self._filled(norm, (self.latent,), layer, value)
         name = f"{prefix}kv_b_proj.weight"
         rows = headers[name].shape[0]
         yield self._make(name, (rows, self.latent), "pad_columns", [name], layer, headers, columns=self.latent)
@@ -248,6 +255,12 @@ class StockLayout:
         dtype = (headers[parts[0]].dtype if parts else self.dtype) if exact else "F32"
         sources = tuple(Part(part) for part in parts)
         return TargetTensor(name, shape, dtype, rule, sources, tuple(sorted(arguments.items())), layer)
+
+
+def _calibrated_scale() -> float:
+    from .deepseek import CALIBRATED_SCALE
+
+    return CALIBRATED_SCALE
 
 
 def _norm_scale() -> float:

@@ -20,6 +20,8 @@ from .options import Options
 from .plan import DTYPE_NAMES, Plan, TargetTensor, pack
 from .sources import FolderSource, filled_in, hub_folder, read_config
 
+LATENT_NORMS = ("constant", "calibrated")
+
 
 class MixtureSource(FolderSource):
     """A folder that holds a mixture already: ours, or one of `MIXTURES`."""
@@ -40,12 +42,20 @@ class MixtureSource(FolderSource):
 
 
 def export(
-    folder: str | Path, out: str | Path, to: str, *, engine: str = "transformers", progress: bool = True
+    folder: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    engine: str = "transformers",
+    latent_norm: str = "constant",
+    progress: bool = True,
 ) -> Path:
     """Write a model of ours as one of Transformers' own classes, which then needs nothing of this package.
 
     Args:
         folder: an hf_moe model. to: a key of `FORMATS`. engine: who will serve it, "transformers", "vllm" or "sglang".
+        latent_norm: how latents without norm stand the norm of DeepSeek-V3: "constant", undone by a constant beside
+            them, exact; "calibrated", near to it on text, not exact, and without the bias that a constant needs.
     Returns:
         `out`, which appears when it is complete and is continued when a run was interrupted.
     Raises:
@@ -53,6 +63,8 @@ def export(
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
+    if latent_norm not in LATENT_NORMS:
+        raise ValueError(f"unknown latent_norm {latent_norm!r}; known are {', '.join(LATENT_NORMS)}")
     target, source, layout = check_target(out), MixtureSource(str(folder)), format_of(to)
     if source.model_type != "hf_moe":
         raise ValueError(f"{folder} holds a {source.model_type!r} model; export starts from hf_moe")
@@ -60,17 +72,50 @@ def export(
     if layout.latent and used["scoring_func"] == "softmax":
         # It reads all experts, so only where the answer decides.
         used["experts_alike"] = experts_alike(source, _configuration("hf_moe", used))
+    calibrated = latent_norm == "calibrated" and layout.latent and not used["kv_a_layernorm"]
+    if calibrated:
+        # The latent is scaled so that no epsilon matters.
+        used |= {"kv_a_layernorm": True, "latent_norm_eps": 1e-6, "rms_norm_eps": 1e-6}
     if obstacle := layout.obstacle(used, engine):
         raise ValueError(f"{source.title} cannot be exported: {obstacle}")
     fields = layout.fields(source.config) | {"architectures": [layout.architecture], "model_type": layout.model_type}
     if layout.latent:
-        stock = _stock_layout(source)
+        norms = measure_latent_norms(source, progress) if calibrated else None
+        stock = _stock_layout(source, norms)
         fields |= stock.fields()
         tensors = list(stock.outward(source.headers))
     else:
         _check_selection(source)
         tensors = [_copy(source, theirs, part) for theirs, part in _outward(source, layout)]
     return _write(source, target, layout.model_type, fields, tensors, progress)
+
+
+def measure_latent_norms(source: MixtureSource, progress: bool, tokens: int = 2048) -> list[float]:
+    """Mean over a text's tokens of each layer's latent's root mean square, padded as `export` pads it.
+
+    Times that, a normed latent has the least squared error.
+    """
+    import torch
+
+    from .progress import step_bar
+    from .verification import load_target, quiet_loading, token_ids
+
+    ids, _ = token_ids(source, source.path, None, min(tokens, source.config["max_position_embeddings"]))
+    with quiet_loading():
+        model = load_target(source.path)
+    ranks, means = model.config.latent_widths, dict[int, float]()
+    with step_bar("measuring the latents", len(ranks), progress) as advance:
+        for number, layer in enumerate(model.model.layers):
+
+            def measure(module: Any, args: Any, output: torch.Tensor, number: int = number) -> None:
+                latent = output[..., : ranks[number]].double()
+                means[number] = (latent.square().sum(-1) / max(ranks)).sqrt().mean().item()
+                advance(1)
+
+            layer.self_attn.kv_a_proj_with_mqa.register_forward_hook(measure)
+        with torch.no_grad():
+            model.model(input_ids=ids, use_cache=False)
+    return [means[number] for number in range(len(ranks))]
 
 
 def measure_export(folder: str | Path, out: str | Path, *, tokens: int = 512, progress: bool = True) -> dict[str, Any]:
@@ -128,9 +173,9 @@ def import_mixture(folder: str | Path, out: str | Path, *, progress: bool = True
     return _write(source, target, "hf_moe", fields, tensors, progress)
 
 
-def _stock_layout(source: MixtureSource) -> StockLayout:
+def _stock_layout(source: MixtureSource, norms: list[float] | None) -> StockLayout:
     dtype = source.headers["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].dtype
-    return StockLayout(_configuration("hf_moe", dict(source.config)), dtype)
+    return StockLayout(_configuration("hf_moe", dict(source.config)), dtype, norms)
 
 
 def own_form(source: MixtureSource) -> tuple[dict[str, Any], list[TargetTensor]] | None:

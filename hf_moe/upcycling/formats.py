@@ -4,6 +4,7 @@ A model uses features; a format holds some of them, and an engine reads fewer. A
 name and the reason, never written so that someone computes other numbers from it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,20 @@ def _dense_first(c: Fields) -> bool:
     return kinds == sorted(kinds)
 
 
+def union_of(by_layer: list[list[int]]) -> list[int]:
+    """Frequencies of the pairs that layers use, each as often as the layer that uses it most, in order."""
+    most = Counter[int]()
+    for pairs in by_layer:
+        most |= Counter(pairs)
+    return sorted(most.elements())
+
+
+def _needs_table(c: Fields) -> bool:
+    width = c.get("rope_table_dim") or c["qk_rope_head_dim"]
+    chosen = c.get("rope_frequencies") or [list(range(width // 2))]
+    return c["num_key_value_heads"] > 1 or union_of(chosen) != list(range(width // 2))
+
+
 def _latent_norms(c: Fields) -> bool:
     return c["kv_a_layernorm"] or bool(c["q_lora_rank"] and c["q_a_layernorm"])
 
@@ -43,6 +58,7 @@ FEATURES: dict[str, Callable[[Fields], bool]] = {
     "position-free keys in a latent without norm": lambda c: not c["kv_a_layernorm"] and c["qk_nope_head_dim"] > 0,
     "latent widths that differ by layer": lambda c: len(set(c.get("kv_lora_ranks") or [0])) > 1,
     "rotary frequencies by layer": lambda c: c.get("rope_frequencies") is not None,
+    "frequencies that repeat or are left out": _needs_table,
     "query or key bias": lambda c: c["q_bias"] or c["kv_bias"],
     "output bias": lambda c: c["o_bias"],
     "norms a query and key head": lambda c: c["qk_norm"] == "head",
@@ -182,9 +198,9 @@ class Format(Mixture):
 
 ENGINES = ("transformers", "vllm", "sglang")
 _DEEPSEEK_SERVERS = {
-    "grouped-query attention": "the constant that undoes the latent's norm is a bias, and it leaves biases out",
-    "several rotary keys": "they need a table of repeated frequencies, and it reads every scaled rope as yarn",
-    "rotary frequencies by layer": "they may need a table, and it reads every scaled rope as yarn",
+    "grouped-query attention": "the constant that undoes the latent's norm is a bias, and it leaves biases out (a "
+    "calibrated norm does without)",
+    "frequencies that repeat or are left out": "they need a table, and it reads every scaled rope as yarn",
     "query or key bias": "it leaves the attention's biases out",
     "output bias": "it leaves the attention's biases out",
     "query bottleneck without norm": "the constant that undoes the norm is a bias, and it leaves biases out",
@@ -201,6 +217,7 @@ FORMATS = {
                 {
                     "grouped-query attention",
                     "several rotary keys",
+                    "frequencies that repeat or are left out",
                     "head size of its own",
                     "sliding window",
                     "rope scaling other than yarn",
@@ -225,6 +242,7 @@ FORMATS = {
                     "grouped-query attention",
                     "norms a query and key head",
                     "several rotary keys",
+                    "frequencies that repeat or are left out",
                     "head size of its own",
                     "rope scaling other than yarn",
                     "rope that changes with the length",
@@ -253,6 +271,7 @@ FORMATS = {
                     "position-free keys in a latent without norm",
                     "latent widths that differ by layer",
                     "rotary frequencies by layer",
+                    "frequencies that repeat or are left out",
                     "query or key bias",
                     "output bias",
                     "head size of its own",

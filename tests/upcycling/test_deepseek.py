@@ -183,6 +183,27 @@ def test_export_command_measures(tmp_path):
     assert found
     assert 0 < float(found[1]) <= 1e-5
     result = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert (
-        "vllm, sglang: several rotary keys in deepseek_v3: they need a table of repeated frequencies" in result.stdout
-    )
+    assert "vllm, sglang: query or key bias in deepseek_v3: it leaves the attention" in result.stdout
+
+
+@torch.no_grad()
+def test_calibrated_norm_needs_no_bias(tmp_path):
+    """One rotary key and its own frequencies, latents without norm: what servers read right, at a measured error."""
+    changes = {"kv_a_layernorm": False, "rms_norm_eps": 1e-5, "latent_norm_eps": 1e-6, "kv_lora_rank": 64}
+    ours = tiny_model("deepseek_v3", **changes)
+    ours.save_pretrained(tmp_path / "moe")
+    out = export(tmp_path / "moe", tmp_path / "out", "deepseek_v3", engine="vllm", latent_norm="calibrated")
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert not theirs.config.attention_bias
+    assert theirs.config.rope_parameters["rope_type"] == "default"
+    assert not hasattr(theirs.config, "hf_moe")
+    ids = random_ids() % 99
+    plain = tiny_model("deepseek_v3", **{**changes, "kv_a_layernorm": True})
+    exact = ours(ids).logits
+    error = (theirs(ids).logits - exact).norm() / exact.norm()
+    assert 1e-5 < error < 0.5 * (plain(ids).logits - exact).norm() / exact.norm()
+    back = import_mixture(out, tmp_path / "back", progress=False)
+    again = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)
+    assert (again(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="unknown latent_norm 'none'; known are constant, calibrated"):
+        export(tmp_path / "moe", tmp_path / "no", "deepseek_v3", latent_norm="none")

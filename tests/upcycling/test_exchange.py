@@ -156,7 +156,7 @@ def test_what_would_be_misread_is_refused(tmp_path, dense, choices, to, message)
     ("choices", "reason"),
     [
         ({"rms_norm_eps": 1e-5}, "norm epsilon other than 1e-6 .* it takes rms_norm_eps for the latent's norm too"),
-        ({"num_key_value_heads": 2}, "several rotary keys .* it reads every scaled rope as yarn"),
+        ({"num_key_value_heads": 2}, "frequencies that repeat .* it reads every scaled rope as yarn"),
         ({"kv_a_layernorm": False}, "grouped-query attention .* is a bias, and it leaves biases out"),
         ({"kv_bias": True}, "query or key bias .* it leaves the attention's biases out"),
     ],
