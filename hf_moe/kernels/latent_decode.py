@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import latent_hopper
 from .descriptors import dot_precision, processors
 from .latent_join import join
 from .tuning import cdiv, power_of_2
@@ -167,9 +168,16 @@ def _latent_decode(
     q_latent = None if q_latent is None else q_latent.contiguous()
     R = H // G * longest_query
     block_c, block_p = max(power_of_2(C), 16), max(power_of_2(P), 16)
-    tile = choose(R, block_c * latent.element_size(), cdiv(longest_key * B * G, processors(device)))
+    many_heads = R > 32 and slots is None and query_start is None
+    many_heads = many_heads and latent_hopper.suits(q_latent, q_rot, latent, k_rot, mask)
+    if many_heads:
+        tile = Tile(64, 64, 12, 2)
+    else:
+        tile = choose(R, block_c * latent.element_size(), cdiv(longest_key * B * G, processors(device)))
     row_blocks = cdiv(R, tile.rows)
-    N = _splits(cdiv(longest_key, tile.tokens), row_blocks * sequences * G, device)
+    N = _splits(
+        cdiv(longest_key, tile.tokens), row_blocks * sequences * G, (1 if many_heads else 2) * processors(device)
+    )
     direct = N == 1 and sinks is None
 
     out = torch.empty((B, H, S, C), dtype=q_rot.dtype, device=device)
@@ -177,6 +185,14 @@ def _latent_decode(
     if not direct:
         part = torch.empty((B * H * S, N, C), dtype=torch.float32, device=device)
         log = torch.empty((B * H * S, N), dtype=torch.float32, device=device)
+    if many_heads:
+        assert q_latent is not None
+        latent_hopper.attend(
+            q_latent, q_rot, latent, k_rot, mask, start, end, part, log, G, longest_key, N, scaling, softcap, window
+        )
+        if not direct:
+            join(part, log, sinks, out)
+        return out
     kind, by_row, strides = "none", False, (0, 0, 0, 0)
     if mask is not None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
@@ -204,9 +220,9 @@ def _latent_decode_fake(
     return q_rot.new_empty((*q_rot.shape[:3], C))
 
 
-def _splits(tiles: int, programs: int, device: torch.device) -> int:
-    """Parts of the context, so that two waves of programs fill the GPU."""
-    return max(1, min(2 * processors(device) // programs, tiles))
+def _splits(tiles: int, programs: int, room: int) -> int:
+    """Parts of the context, so that the GPU, which has room for so many programs at once, is full."""
+    return max(1, min(room // programs, tiles))
 
 
 def _dense(x: Tensor) -> Tensor:
