@@ -22,11 +22,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _attend_kernel(
     q_latent_ptr, q_rot_ptr, latent_ptr, k_rot_ptr, slot_ptr, mask_ptr, start_ptr, end_ptr, query_ptr, out_ptr, log_ptr,
-    latent_b, latent_l, rot_b, rot_l, jump, mask_b, mask_h, mask_s, mask_l,
+    latent_b, rot_b, jump, end_b, mask_b, mask_h, mask_s, mask_l,
     S, L, HEADS, head_rows, N, scale, cap, window,
-    G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, MASK: tl.constexpr, BY_ROW: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SCAN: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, LATENT_L: tl.constexpr, ROT_L: tl.constexpr, HALF: tl.constexpr,
+    MASK: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    DIRECT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
@@ -53,9 +54,9 @@ def _attend_kernel(
     # What the rows see: slots from `low` to `high`, each row up to `until` and, in a window, from `until - window` on.
     low, high = 0, L
     if start_ptr is not None:
-        low = tl.load(start_ptr + b)
+        low = tl.load(start_ptr + b).to(tl.int32)
     if end_ptr is not None:
-        high = tl.load(end_ptr + b)
+        high = tl.load(end_ptr + b * end_b).to(tl.int32)
     until = tl.where(is_row, high, 0)
     if CAUSAL:
         until = tl.where(is_row, high - S + s + 1, 0)
@@ -82,9 +83,13 @@ def _attend_kernel(
         low, high = least, most
 
     if HALF:
-        latent_c = tl.max_contiguous(tl.multiple_of(c + tl.where(c >= HALF, jump, 0), 8), 8)
+        # Each token's C + X numbers lie in two places.
+        latent_c = c + tl.where(c >= HALF, jump, 0)
         rot_p = C + g * P + p
-        rot_p = tl.max_contiguous(tl.multiple_of(rot_p + tl.where(rot_p >= HALF, jump, 0), 8), 8)
+        rot_p += tl.where(rot_p >= HALF, jump, 0)
+        if HALF % 8 == 0 and C % 8 == 0 and P % 8 == 0:
+            latent_c = tl.max_contiguous(tl.multiple_of(latent_c, 8), 8)
+            rot_p = tl.max_contiguous(tl.multiple_of(rot_p, 8), 8)
     else:
         latent_c = c
         rot_p = g * P + p
@@ -102,9 +107,9 @@ def _attend_kernel(
         slot = at.to(tl.int64)
         if slot_ptr is not None:
             slot = tl.load(slot_ptr + at, mask=written, other=0).to(tl.int64)
-        here = (b * latent_b + slot * latent_l)[:, None] + latent_c
+        here = ((b * latent_b + slot) * LATENT_L)[:, None] + latent_c
         latent = tl.load(latent_ptr + here, mask=written[:, None] & (c < C), other=0.0)
-        here = (b * rot_b + slot * rot_l)[:, None] + rot_p
+        here = ((b * rot_b + slot) * ROT_L)[:, None] + rot_p
         k_rot = tl.load(k_rot_ptr + here, mask=written[:, None] & (p < P), other=0.0)
         score = tl.dot(q_rot, k_rot.T, input_precision=PRECISION)
         if q_latent_ptr is not None:
@@ -157,7 +162,7 @@ def choose(R: int, bytes_wide: int, tokens: int) -> Tile:
 def _latent_decode(
     q_latent: Tensor | None, q_rot: Tensor, latent: Tensor, k_rot: Tensor, slots: Tensor | None, mask: Tensor | None,
     start: Tensor | None, end: Tensor | None, query_start: Tensor | None, sinks: Tensor | None,
-    C: int, G: int, longest_query: int, longest_key: int, scaling: float, softcap: float, window: int,
+    C: int, G: int, longest_query: int, longest_key: int, causal: bool, scaling: float, softcap: float, window: int,
 ) -> Tensor:  # fmt: skip
     B, H, S, P = q_rot.shape
     sequences = B if query_start is None else query_start.shape[0] - 1
@@ -175,9 +180,8 @@ def _latent_decode(
     else:
         tile = choose(R, block_c * latent.element_size(), cdiv(longest_key * B * G, processors(device)))
     row_blocks = cdiv(R, tile.rows)
-    N = _splits(
-        cdiv(longest_key, tile.tokens), row_blocks * sequences * G, (1 if many_heads else 2) * processors(device)
-    )
+    room = (1 if many_heads else 2) * processors(device)
+    N = _splits(cdiv(longest_key, tile.tokens), row_blocks * sequences * G, room)
     direct = N == 1 and sinks is None
 
     out = torch.empty((B, H, S, C), dtype=q_rot.dtype, device=device)
@@ -188,8 +192,9 @@ def _latent_decode(
     if many_heads:
         assert q_latent is not None
         latent_hopper.attend(
-            q_latent, q_rot, latent, k_rot, mask, start, end, part, log, G, longest_key, N, scaling, softcap, window
-        )
+            q_latent, q_rot, latent, k_rot, mask, start, end, part, log,
+            G, longest_key, N, causal, scaling, softcap, window,
+        )  # fmt: skip
         if not direct:
             join(part, log, sinks, out)
         return out
@@ -199,11 +204,10 @@ def _latent_decode(
         strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
         by_row = mask.shape[1] > 1 or mask.shape[2] > 1
     _attend_kernel[(row_blocks, N, sequences * G)](
-        q_latent, q_rot, latent, k_rot, slots, mask, start, end, query_start, part, log,
-        latent.stride(0) if slots is None else 0, latent.stride(-2), k_rot.stride(0) if slots is None else 0,
-        k_rot.stride(-2), jump, *strides,
+        q_latent, q_rot, latent, latent if half else k_rot, slots, mask, start, end, query_start, part, log,
+        _apart(latent, slots), _apart(k_rot, slots), jump, latent_hopper.stride_of(end), *strides,
         S, longest_key, H // G, S, N, scaling, softcap, window,
-        G, C, P, half, kind, by_row, mask is None or end is not None, window > 0, softcap > 0, direct,
+        G, C, P, latent.stride(-2), k_rot.stride(-2), half, kind, by_row, causal, window > 0, softcap > 0, direct,
         dot_precision(dtype), tile.rows, tile.tokens, block_c, block_p, tile.tokens if by_row else 1024,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -215,7 +219,7 @@ def _latent_decode(
 @_latent_decode.register_fake
 def _latent_decode_fake(
     q_latent, q_rot, latent, k_rot, slots, mask, start, end, query_start, sinks,
-    C, G, longest_query, longest_key, scaling, softcap, window,
+    C, G, longest_query, longest_key, causal, scaling, softcap, window,
 ):  # fmt: skip
     return q_rot.new_empty((*q_rot.shape[:3], C))
 
@@ -225,8 +229,14 @@ def _splits(tiles: int, programs: int, room: int) -> int:
     return max(1, min(room // programs, tiles))
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _rows(x: Tensor) -> Tensor:
+    """(B, 1, L, width) whose sequences lie a whole number of rows apart."""
+    return x if x.stride(-1) == 1 and x.stride(0) % x.stride(-2) == 0 else x.contiguous()
+
+
+def _apart(x: Tensor, slots: Tensor | None) -> int:
+    """Rows between two sequences; none where slots say which rows are theirs, or all share them."""
+    return 0 if slots is not None or x.shape[0] == 1 else x.stride(0) // x.stride(-2)
 
 
 def latent_decode(
@@ -237,6 +247,7 @@ def latent_decode(
     *,
     scaling: float,
     attention_mask: Tensor | None = None,
+    is_causal: bool | None = None,
     start_B: Tensor | None = None,
     end_B: Tensor | None = None,
     window: int | None = None,
@@ -253,28 +264,33 @@ def latent_decode(
         q_rot_BHSP: rotated queries.
         latent_B1LC, k_rot_B1LX: the cache as stored, in any strides that are dense in the last dimension.
         attention_mask: broadcastable to (B, H, S, L), boolean or additive. Tiles that a boolean mask hides from every
-            row are not read, so a static cache costs what is written in it.
-        start_B, end_B: int32, the first slot of each sequence and the one behind its last: the queries are the last S
-            of these tokens and causal among themselves. A static cache's length and left padding, without a mask.
-        window: a query sees this many tokens, its own the last; where the queries are causal.
+            row are not read.
+        is_causal: the queries are the last S tokens, and none sees those behind it; beside what the mask says. Left
+            out: where there is no mask, or an end.
+        start_B, end_B: integers, the first slot of each sequence and the one behind its last: 0 and L where left out.
+            One end for all may have one element. A static cache costs what is written in it.
+        window: a causal query sees this many tokens, its own the last.
         softcap: scores become softcap · tanh(score / softcap). sinks_H: one more logit a head, in the divisor alone.
-
-    With neither mask nor end, one query sees all of L, and query i of several sees keys 0 to i.
-
     Returns:
         (B, H, S, C) in q_rot's dtype, accumulated in fp32; exact zeros for a query that sees nothing.
+    Raises:
+        ValueError: a mask that is not as long as the cache, or a window without causal queries.
     Gradients: none.
     Cost: reads B·L·(C + X) numbers once for G = 1 (the latents G times else, mostly from L2), with no host
         synchronisation; a grid from shapes alone, so that it can be captured. Deterministic.
     Source: absorption, arXiv:2405.04434; split over the context as in Flash-Decoding (crfm.stanford.edu/2023/10/12).
     """
-    B, H, S, P = q_rot_BHSP.shape
+    S, P = q_rot_BHSP.shape[2:]
     L, C = latent_B1LC.shape[-2:]
-    if attention_mask is None and end_B is None and S > 1:
-        L = S
+    if is_causal is None:
+        is_causal = attention_mask is None or end_B is not None
+    if attention_mask is not None and attention_mask.shape[-1] != L:
+        raise ValueError(f"attention_mask is {attention_mask.shape[-1]} long, and the cache {L}")
+    if window and not is_causal:
+        raise ValueError(f"window={window} needs causal queries, got is_causal={is_causal}")
     return _latent_decode(
-        q_latent_BHSC, q_rot_BHSP, _dense(latent_B1LC), _dense(k_rot_B1LX), None, attention_mask, start_B, end_B, None,
-        sinks_H, C, k_rot_B1LX.shape[-1] // P, S, L, scaling, softcap or 0.0, window or 0,
+        q_latent_BHSC, q_rot_BHSP, _rows(latent_B1LC), _rows(k_rot_B1LX), None, attention_mask, start_B, end_B, None,
+        sinks_H, C, k_rot_B1LX.shape[-1] // P, S, L, is_causal, scaling, softcap or 0.0, window or 0,
     )  # fmt: skip
 
 
@@ -313,6 +329,6 @@ def latent_decode_packed(
     C = latent.shape[-1] if latent_width is None else latent_width
     G = k_rot.shape[-1] // q_rot_1HTP.shape[-1] if groups is None else groups
     return _latent_decode(
-        q_latent_1HTC, q_rot_1HTP, _dense(latent), _dense(k_rot), slot_L, None, key_start[:-1], key_start[1:],
-        query_start, sinks_H, C, G, longest_query, longest_key, scaling, softcap or 0.0, window or 0,
+        q_latent_1HTC, q_rot_1HTP, latent.contiguous(), k_rot.contiguous(), slot_L, None, key_start[:-1], key_start[1:],
+        query_start, sinks_H, C, G, longest_query, longest_key, True, scaling, softcap or 0.0, window or 0,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """`latent_decode` for many heads on Hopper, where arithmetic is the limit: three kinds of warps around one shared tile.
 
     copying warp    latents of tile i + 1  →  shared memory, by the bulk copy engine
-    warpgroup A     scores of tile i = q · tileᵀ, softmax, weights → shared memory, left half of the sums += weights · tile
-    warpgroup B     right half of the sums += weights · tile, while A is at the scores of the next tile
+    warpgroup A     scores of tile i = q · tileᵀ, softmax, weights → shared memory; left half of sums += weights · tile
+    warpgroup B     right half of sums += weights · tile, while A is at the scores of the next tile
 
 64 rows of sums are 64·C numbers in fp32: one warpgroup's registers hold half of them, so the columns are shared out.
 `tl.dot` cannot say this: a dot that feeds another is computed by both warpgroups in full.
@@ -171,7 +171,7 @@ def _scores_and_left(
 
 @gluon.jit
 def _attend_kernel(
-    q_latent, q_rot, latent, k_rot, out_ptr, log_ptr, mask_ptr, start_ptr, end_ptr, mask_b, mask_l,
+    q_latent, q_rot, latent, k_rot, out_ptr, log_ptr, mask_ptr, start_ptr, end_ptr, end_b, mask_b, mask_l,
     R, S, L, N, scale, cap, window,
     G: gl.constexpr, C: gl.constexpr, P: gl.constexpr, KEPT: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
     CAPPED: gl.constexpr, DIRECT: gl.constexpr,
@@ -182,9 +182,9 @@ def _attend_kernel(
     begin = gl.program_id(0) * BLOCK
     low, high = 0, L
     if start_ptr is not None:
-        low = gl.load(start_ptr + b)
+        low = gl.load(start_ptr + b).to(gl.int32)
     if end_ptr is not None:
-        high = gl.load(end_ptr + b)
+        high = gl.load(end_ptr + b * end_b).to(gl.int32)
     if WINDOW:
         low = gl.maximum(low, high - S + 1 - window)
     tiles = gl.cdiv(gl.maximum(high - low, 0), BLOCK)
@@ -251,9 +251,15 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     )
 
 
+def stride_of(end: Tensor | None) -> int:
+    """Between two sequences' ends; 0 where they share one."""
+    return 0 if end is None or end.numel() == 1 else end.stride(0)
+
+
 def attend(
     q_latent: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None, start: Tensor | None,
-    end: Tensor | None, out: Tensor, log: Tensor, G: int, L: int, N: int, scaling: float, softcap: float, window: int,
+    end: Tensor | None, out: Tensor, log: Tensor, G: int, L: int, N: int, causal: bool, scaling: float, softcap: float,
+    window: int,
 ) -> None:  # fmt: skip
     """Averages of N parts of the context in `out` (rows, N, C) and log₂ of their divisors in `log`; N = 1: the result.
 
@@ -267,8 +273,8 @@ def attend(
     _attend_kernel[(cdiv(R, 64), N, B * G)](
         _descriptor(q_latent.view(-1, C), [64, C // 2]), _descriptor(q_rot.view(-1, P), [64, P]),
         _descriptor(latent.squeeze(1), [1, 64, C // 2]), _descriptor(k_rot.squeeze(1), [1, 64, P]), out, log,
-        out if mask is None else mask.view(torch.uint8), start, end, mask_b, mask_l,
-        R, S, L, N, scaling, softcap, window,
-        G, C, P, mask is not None, mask is None or end is not None, window > 0, softcap > 0, log is out,
+        out if mask is None else mask.view(torch.uint8), start, end, stride_of(end),
+        mask_b, mask_l, R, S, L, N, scaling, softcap, window,
+        G, C, P, mask is not None, causal, window > 0, softcap > 0, log is out,
         num_warps=4, maxnreg=168,
     )  # fmt: skip
