@@ -307,7 +307,7 @@ def latent_decode_packed(
     scaling: float,
     slot_L: Tensor | None = None,
     latent_width: int | None = None,
-    groups: int | None = None,
+    rotary_width: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
@@ -321,14 +321,16 @@ def latent_decode_packed(
         query_start, key_start: int32, where each sequence begins, and their ends last. A sequence's queries are its
             last tokens. Queries behind the last sequence are left unwritten.
         longest_query, longest_key: no sequence has more; they shape the grid.
-        slot_L: the slot of each packed key, int32 or int64. latent_width, groups: C and G, which the halves don't show.
+        slot_L: the slot of each packed key, int32 or int64.
+        latent_width, rotary_width: C and X, which the halves don't show.
     Returns:
         (1, H, T, C).
     Cost: pages are read where they are.
     """
     C = latent.shape[-1] if latent_width is None else latent_width
-    G = k_rot.shape[-1] // q_rot_1HTP.shape[-1] if groups is None else groups
+    X = k_rot.shape[-1] if rotary_width is None else rotary_width
     return _latent_decode(
         q_latent_1HTC, q_rot_1HTP, latent.contiguous(), k_rot.contiguous(), slot_L, None, key_start[:-1], key_start[1:],
-        query_start, sinks_H, C, G, longest_query, longest_key, True, scaling, softcap or 0.0, window or 0,
+        query_start, sinks_H, C, X // q_rot_1HTP.shape[-1], longest_query, longest_key, True, scaling, softcap or 0.0,
+        window or 0,
     )  # fmt: skip

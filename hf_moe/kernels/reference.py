@@ -169,13 +169,22 @@ def latent_decode(
 
 
 def latent_decode_packed(
-    q_latent, q_rot, latent, k_rot, *, query_start, key_start, slot_L=None, latent_width=None, groups=None, **options
+    q_latent,
+    q_rot,
+    latent,
+    k_rot,
+    *,
+    query_start,
+    key_start,
+    slot_L=None,
+    latent_width=None,
+    rotary_width=None,
+    **options,
 ) -> Tensor:
     """One sequence at a time; pages are gathered first."""
     if slot_L is not None:
-        width = groups * q_rot.shape[-1]
-        tokens = torch.cat((latent[slot_L], k_rot[slot_L]), -1)[None, None, :, : latent_width + width]
-        latent, k_rot = tokens.split([latent_width, width], -1)
+        tokens = torch.cat((latent[slot_L], k_rot[slot_L]), -1)[None, None, :, : latent_width + rotary_width]
+        latent, k_rot = tokens.split([latent_width, rotary_width], -1)
     bounds = [t.tolist() for t in (query_start, key_start)]
     out = q_rot.new_zeros((*q_rot.shape[:3], latent.shape[-1]))
     for q0, q1, k0, k1 in zip(bounds[0], bounds[0][1:], bounds[1], bounds[1][1:], strict=False):

@@ -38,3 +38,8 @@ def test_pages_are_sized_for_latents(variant):
     assert numbers % 2 == 0
     for allocator in manager.batch_processor.cache.cache_allocators.values():
         assert allocator.bytes_per_page == PAGES["page_size"] * 2 * numbers
+
+
+def test_kernel_reads_pages(variant, latent_kernel):
+    test_tokens_are_those_of_generate(variant, "sdpa")
+    assert latent_kernel.in_pages > 0

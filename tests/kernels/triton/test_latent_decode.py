@@ -131,7 +131,7 @@ def test_packed_sequences(page, window, widths):
         slots += slots // page * page
         memory = torch.randn(61 * page, half, device=DEVICE)
         latent, k_rot = memory[:-page], memory[page:]
-        options |= {"slot_L": slots, "latent_width": C, "groups": G}
+        options |= {"slot_L": slots, "latent_width": C, "rotary_width": G * P}
     longest = {"longest_query": max(MIXED["query"]), "longest_key": max(MIXED["key"])}
     check((q_latent, q_rot, latent, k_rot), latent_decode_packed, longest, **options)
 
