@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel
 from transformers import activations as hf_activations
 from transformers.integrations import moe as hf_moe_integration
 from transformers.utils import logging
@@ -159,41 +159,14 @@ def experts_forward(
     return out.to(hidden_states.dtype)
 
 
-def latent_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    *,
-    q_latent: torch.Tensor | None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, None]:
-    """The attention function that our model looks up as "hf_moe_latent" for its absorbed form.
-
-    Args:
-        query: rotated queries (B, H, S, P). q_latent: queries on latents (B, H, S, C), or None.
-        key, value: the cache as stored: rotary keys (B, 1, L, G·P) and latents (B, 1, L, C).
-    Returns:
-        attended latents (B, H, S, C), and no weights. See `latent_decode.latent_decode`.
-    """
-    from .latent_decode import latent_decode
-
-    options: dict[str, Any] = {"attention_mask": attention_mask, "softcap": softcap, "sinks_H": s_aux}
-    return latent_decode(q_latent, query, value, key, scaling=scaling, **options), None
-
-
 def is_experts(module: nn.Module) -> bool:
     """Whether Transformers can switch this module's implementation: fused experts."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm")
 
 
 def register() -> None:
-    """Make "hf_moe_triton" (experts) and "hf_moe_latent" (attention) known to Transformers, whose own entries stay."""
+    """Make "hf_moe_triton" known to Transformers, whose own entries stay."""
     hf_moe_integration.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-    modeling_utils.ALL_ATTENTION_FUNCTIONS.register("hf_moe_latent", latent_attention)
 
 
 def accelerate(model: Model, *, recompute: bool = False) -> Model:

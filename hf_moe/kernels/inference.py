@@ -1,9 +1,15 @@
-"""What our model looks up in `fused_hf_moe.FUSED`. Triton is imported at the first call."""
+"""What our model looks up for inference: attention on latents in Transformers' registry, the rest in its own, `FUSED`.
+
+Triton is imported at the first call.
+"""
 
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..model.absorbed_hf_moe import LATENT_ATTENTION
 from ..model.fused_hf_moe import FUSED
 
 # From here on a product over all tokens beats one that reads the router's weight once a token.
@@ -44,6 +50,42 @@ def expert_choice(
     return expert_choice(x, weight, bias, **options)
 
 
+def latent_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    *,
+    q_latent: torch.Tensor | None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    end: torch.Tensor | None = None,
+    window: int | None = None,
+    pages: dict[str, Any] | None = None,
+) -> tuple[torch.Tensor, None]:
+    """The attention function "hf_moe_latent" of the absorbed form.
+
+    Args:
+        query: rotated queries (B, H, S, P). q_latent: queries on latents (B, H, S, C), or None.
+        key, value: the cache as stored: rotary keys (B, 1, L, G·P) and latents (B, 1, L, C).
+        pages: of packed sequences, as `paging_hf_moe.update_paged` returns them with its keys and latents.
+        Others as in `latent_decode.latent_decode`.
+    Returns:
+        attended latents (B, H, S, C), and no weights.
+    """
+    from . import latent_decode as kernels
+
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks_H": s_aux, "window": window}
+    if pages is not None:
+        return kernels.latent_decode_packed(q_latent, query, value, key, **options, **pages), None
+    options |= {"attention_mask": attention_mask, "is_causal": is_causal, "end_B": end}
+    return kernels.latent_decode(q_latent, query, value, key, **options), None
+
+
 def register() -> None:
     """Enter the functions above under their names."""
+    ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION, latent_attention)
     FUSED.update({f.__name__: f for f in (rms_norm, add_rms_norm, latent_entry, expert_choice)})

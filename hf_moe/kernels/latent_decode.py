@@ -1,15 +1,19 @@
 """Attention of a few queries on a cache of latents, read once and as stored.
 
-Letters: B batch, S queries a sequence, H heads, G groups of heads, R = H/G·S rows that share a group's keys,
-L cached tokens, C latent width, P rotary width, X = G·P.
+Letters: B sequences, S queries a sequence, H heads, G groups of heads, R = H/G·S rows that share a group's keys,
+L cached tokens, C latent width, P rotary width, X = G·P, T packed queries, N splits of the context.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import latent_hopper
 from .descriptors import dot_precision, processors
+from .latent_join import join
 from .tuning import cdiv, power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -17,64 +21,106 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _attend_kernel(
-    q_latent_ptr, q_rot_ptr, latent_ptr, k_rot_ptr, mask_ptr, part_ptr, log_ptr,
-    latent_b, latent_l, rot_b, rot_l, mask_b, mask_h, mask_s, mask_l,
-    R, S, L, scale, cap,
-    G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_NOPE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    q_latent_ptr, q_rot_ptr, latent_ptr, k_rot_ptr, slot_ptr, mask_ptr, start_ptr, end_ptr, query_ptr, out_ptr, log_ptr,
+    latent_b, rot_b, jump, end_b, mask_b, mask_h, mask_s, mask_l,
+    S, L, HEADS, head_rows, N, scale, cap, window,
+    G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, LATENT_L: tl.constexpr, ROT_L: tl.constexpr, HALF: tl.constexpr,
+    MASK: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    DIRECT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    split = tl.program_id(0)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
     b = (tl.program_id(2) // G).to(tl.int64)
     g = tl.program_id(2) % G
     c = tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     l = tl.arange(0, BLOCK_L)
-    s = r % S
-    row = (b * G + g) * R + r  # of queries (B, H, S), and of results
 
-    q_rot = tl.load(q_rot_ptr + row[:, None] * P + p, mask=(r[:, None] < R) & (p < P), other=0.0)
-    if HAS_NOPE:
-        q_latent = tl.load(q_latent_ptr + row[:, None] * C + c, mask=(r[:, None] < R) & (c < C), other=0.0)
+    if query_ptr is None:
+        first_row = b * G * HEADS * S
+    else:
+        first_row = tl.load(query_ptr + b).to(tl.int64)
+        S = tl.load(query_ptr + b + 1) - first_row.to(tl.int32)
+    R = HEADS * S
+    s = r % tl.maximum(S, 1)
+    h = g * HEADS + r // tl.maximum(S, 1)
+    row = first_row + h.to(tl.int64) * head_rows + s  # of queries and of results
+    is_row = r < R
+    q_rot = tl.load(q_rot_ptr + row[:, None] * P + p, mask=is_row[:, None] & (p < P), other=0.0)
+    if q_latent_ptr is not None:
+        q_latent = tl.load(q_latent_ptr + row[:, None] * C + c, mask=is_row[:, None] & (c < C), other=0.0)
 
+    # What the rows see: slots from `low` to `high`, each row up to `until` and, in a window, from `until - window` on.
+    low, high = 0, L
+    if start_ptr is not None:
+        low = tl.load(start_ptr + b).to(tl.int32)
+    if end_ptr is not None:
+        high = tl.load(end_ptr + b * end_b).to(tl.int32)
+    until = tl.where(is_row, high, 0)
+    if CAUSAL:
+        until = tl.where(is_row, high - S + s + 1, 0)
+    if WINDOW:
+        low = tl.maximum(low, high - S + 1 - window)
+    tiles = tl.cdiv(tl.maximum(high - low, 0), BLOCK_L)
+    high = tl.minimum(high, low + tiles * (split + 1) // N * BLOCK_L)
+    low += tiles * split // N * BLOCK_L
+    where = b * mask_b
+    if BY_ROW:
+        where += h[:, None] * mask_h + s[:, None] * mask_s
+    if MASK == "boolean":
+        # Padding and unwritten slots cost their bytes of the mask and no more. Found out beforehand: a branch in the
+        # loop below would keep its loads from running ahead.
+        least, most = high, low
+        for begin in range(low, high, SCAN):
+            at = begin + tl.arange(0, SCAN)[None, :]
+            seen = at < high
+            if BY_ROW:
+                seen = seen & is_row[:, None]
+            seen = tl.load(mask_ptr + where + at * mask_l, mask=seen, other=0) != 0
+            least = tl.minimum(least, tl.min(tl.min(tl.where(seen, at, high), 1), 0))
+            most = tl.maximum(most, tl.max(tl.max(tl.where(seen, at + 1, low), 1), 0))
+        low, high = least, most
+
+    if HALF:
+        # Each token's C + X numbers lie in two places.
+        latent_c = c + tl.where(c >= HALF, jump, 0)
+        rot_p = C + g * P + p
+        rot_p += tl.where(rot_p >= HALF, jump, 0)
+        if HALF % 8 == 0 and C % 8 == 0 and P % 8 == 0:
+            latent_c = tl.max_contiguous(tl.multiple_of(latent_c, 8), 8)
+            rot_p = tl.max_contiguous(tl.multiple_of(rot_p, 8), 8)
+    else:
+        latent_c = c
+        rot_p = g * P + p
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    tiles = tl.cdiv(L, BLOCK_L)
-    first, last = tiles * split // SPLITS, tiles * (split + 1) // SPLITS
-    where = b * mask_b + (g * (R // S) + r // S)[:, None] * mask_h + s[:, None] * mask_s
-    if MASK == "boolean":
-        # A static cache's unwritten end, and padding, cost their bytes of the mask and no more. Found out beforehand:
-        # a branch in the loop below would keep its loads from running ahead.
-        low, high = last, first
-        for tile in range(first, last):
-            at = tile * BLOCK_L + l
-            seen = tl.load(mask_ptr + where + at * mask_l, mask=(r[:, None] < R) & (at < L), other=0)
-            any_seen = tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0
-            low = tl.where(any_seen, tl.minimum(low, tile), low)
-            high = tl.where(any_seen, tile + 1, high)
-        first, last = low, high
-    for tile in range(first, last):
-        at = tile * BLOCK_L + l
-        seen = (r[:, None] < R) & (at < L)
-        if CAUSAL:
-            seen = seen & (at <= s[:, None])
+    for begin in range(low, high, BLOCK_L):
+        at = begin + l
+        written = at < high
+        seen = at < tl.minimum(until, high)[:, None]
+        if WINDOW:
+            seen = seen & (at >= (until - window)[:, None])
         if MASK == "boolean":
-            seen = seen & (tl.load(mask_ptr + where + at * mask_l, mask=seen, other=0) != 0)
-        here = (b * latent_b + at.to(tl.int64) * latent_l)[:, None] + c
-        latent = tl.load(latent_ptr + here, mask=(at[:, None] < L) & (c < C), other=0.0)
-        here = (b * rot_b + at.to(tl.int64) * rot_l)[:, None] + g * P + p
-        k_rot = tl.load(k_rot_ptr + here, mask=(at[:, None] < L) & (p < P), other=0.0)
+            seen = seen & (tl.load(mask_ptr + where + at[None, :] * mask_l, mask=written[None, :], other=0) != 0)
+        slot = at.to(tl.int64)
+        if slot_ptr is not None:
+            slot = tl.load(slot_ptr + at, mask=written, other=0).to(tl.int64)
+        here = ((b * latent_b + slot) * LATENT_L)[:, None] + latent_c
+        latent = tl.load(latent_ptr + here, mask=written[:, None] & (c < C), other=0.0)
+        here = ((b * rot_b + slot) * ROT_L)[:, None] + rot_p
+        k_rot = tl.load(k_rot_ptr + here, mask=written[:, None] & (p < P), other=0.0)
         score = tl.dot(q_rot, k_rot.T, input_precision=PRECISION)
-        if HAS_NOPE:
+        if q_latent_ptr is not None:
             score = tl.dot(q_latent, latent.T, score, input_precision=PRECISION)
-        score *= scale
         if CAPPED:
-            score = cap * (2.0 * tl.sigmoid(2.0 * score / cap) - 1.0)
-        score *= LOG2_E
+            score = cap * (2.0 * tl.sigmoid(2.0 * scale / cap * score) - 1.0) * LOG2_E
+        else:
+            score *= scale * LOG2_E
         if MASK == "additive":
-            score += tl.load(mask_ptr + where + at * mask_l, mask=seen, other=0.0).to(tl.float32) * LOG2_E
+            added = tl.load(mask_ptr + where + at[None, :] * mask_l, mask=written[None, :], other=0.0)
+            score += added.to(tl.float32) * LOG2_E
         score = tl.where(seen, score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         # A row that has seen nothing yet keeps -inf, and -inf - -inf must not become NaN.
@@ -85,87 +131,112 @@ def _attend_kernel(
         sums = tl.dot(weight.to(latent.dtype), latent, sums * shrink[:, None], input_precision=PRECISION)
         top = new_top
 
-    here = row * SPLITS + split
     divisor = tl.where(total > 0, total, 1.0)
-    tl.store(part_ptr + here[:, None] * C + c, sums / divisor[:, None], mask=(r[:, None] < R) & (c < C))
-    tl.store(log_ptr + here, top + tl.log2(divisor), mask=r < R)
+    sums = sums / divisor[:, None]
+    here = row
+    if not DIRECT:
+        here = row * N + split
+        tl.store(log_ptr + here, top + tl.log2(divisor), mask=is_row)
+    tl.store(out_ptr + here[:, None] * C + c, sums.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & (c < C))
 
 
-@triton.jit
-def _join_kernel(
-    part_ptr, log_ptr, sink_ptr, out_ptr, H, S,
-    C: tl.constexpr, SPLITS: tl.constexpr, HAS_SINK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = tl.arange(0, BLOCK_N)
-    log = tl.load(log_ptr + row * SPLITS + n, mask=n < SPLITS, other=float("-inf"))
-    top = tl.max(log, 0)
-    if HAS_SINK:
-        sink = tl.load(sink_ptr + (row // S) % H).to(tl.float32) * LOG2_E
-        top = tl.maximum(top, sink)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp2(log - base)
-    total = tl.sum(weight, 0)
-    if HAS_SINK:
-        total += tl.exp2(sink - base)
-    part = tl.load(part_ptr + (row * SPLITS + n)[:, None] * C + c, mask=(n[:, None] < SPLITS) & (c < C), other=0.0)
-    out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + row * C + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
+class Tile(NamedTuple):
+    """Query rows and cached tokens of a block, warps a program, blocks in flight."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+def choose(R: int, bytes_wide: int, tokens: int) -> Tile:
+    """The tile for R rows that share keys, a latent of so many bytes, and so many tokens a program."""
+    if bytes_wide > 1024:
+        return Tile(16, 32 if bytes_wide <= 2048 else 16, 4, 2)
+    if R <= 16:
+        return Tile(16, 64 if tokens > 32 else 32, 4, 2)
+    return Tile(32, 64, 8, 2)
 
 
 @torch.library.custom_op("hf_moe::latent_decode", mutates_args=())
 def _latent_decode(
-    q_latent: Tensor | None, q_rot: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None, sinks: Tensor | None,
-    scaling: float, softcap: float,
+    q_latent: Tensor | None, q_rot: Tensor, latent: Tensor, k_rot: Tensor, slots: Tensor | None, mask: Tensor | None,
+    start: Tensor | None, end: Tensor | None, query_start: Tensor | None, sinks: Tensor | None,
+    C: int, G: int, longest_query: int, longest_key: int, causal: bool, scaling: float, softcap: float, window: int,
 ) -> Tensor:  # fmt: skip
     B, H, S, P = q_rot.shape
-    _, _, L, C = latent.shape
-    G = k_rot.shape[-1] // P
-    R = H // G * S
-    latent = latent if latent.stride(-1) == 1 else latent.contiguous()
-    k_rot = k_rot if k_rot.stride(-1) == 1 else k_rot.contiguous()
-    block_r = min(max(power_of_2(R), 16), 64)
+    sequences = B if query_start is None else query_start.shape[0] - 1
+    half = latent.shape[-1] if slots is not None else 0
+    jump = (k_rot.data_ptr() - latent.data_ptr()) // latent.element_size() - half if half else 0
+    device, dtype = q_rot.device, latent.dtype
+    q_rot = q_rot.contiguous()
+    q_latent = None if q_latent is None else q_latent.contiguous()
+    R = H // G * longest_query
     block_c, block_p = max(power_of_2(C), 16), max(power_of_2(P), 16)
-    wide = block_c * latent.element_size()
-    block_l = 64 if wide <= 1024 else 32 if wide <= 2048 else 16
-    row_blocks = cdiv(R, block_r)
-    splits = _splits(cdiv(L, block_l), row_blocks * B * G, q_rot.device)
+    many_heads = R > 32 and slots is None and query_start is None
+    many_heads = many_heads and latent_hopper.suits(q_latent, q_rot, latent, k_rot, mask)
+    if many_heads:
+        tile = Tile(64, 64, 12, 2)
+    else:
+        tile = choose(R, block_c * latent.element_size(), cdiv(longest_key * B * G, processors(device)))
+    row_blocks = cdiv(R, tile.rows)
+    room = (1 if many_heads else 2) * processors(device)
+    N = _splits(cdiv(longest_key, tile.tokens), row_blocks * sequences * G, room)
+    direct = N == 1 and sinks is None
 
-    part = torch.empty((B * H * S, splits, C), dtype=torch.float32, device=q_rot.device)
-    log = torch.empty((B * H * S, splits), dtype=torch.float32, device=q_rot.device)
-    kind, strides = "none", (0, 0, 0, 0)
+    out = torch.empty((B, H, S, C), dtype=q_rot.dtype, device=device)
+    part, log = out, out
+    if not direct:
+        part = torch.empty((B * H * S, N, C), dtype=torch.float32, device=device)
+        log = torch.empty((B * H * S, N), dtype=torch.float32, device=device)
+    if many_heads:
+        assert q_latent is not None
+        latent_hopper.attend(
+            q_latent, q_rot, latent, k_rot, mask, start, end, part, log,
+            G, longest_key, N, causal, scaling, softcap, window,
+        )  # fmt: skip
+        if not direct:
+            join(part, log, sinks, out)
+        return out
+    kind, by_row, strides = "none", False, (0, 0, 0, 0)
     if mask is not None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
-        mask = mask.expand(B, mask.shape[1], S, L)
-        strides = (mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0, mask.stride(2), mask.stride(3))
-    _attend_kernel[(splits, row_blocks, B * G)](
-        q_rot if q_latent is None else q_latent.contiguous(), q_rot.contiguous(), latent, k_rot,
-        q_rot if mask is None else mask, part, log,
-        latent.stride(0), latent.stride(2), k_rot.stride(0), k_rot.stride(2), *strides,
-        R, S, L, scaling, softcap,
-        G, C, P, splits,
-        q_latent is not None, kind, mask is None and S > 1, softcap > 0, dot_precision(latent.dtype),
-        block_r, block_l, block_c, block_p,
-        num_warps=8 if block_r > 16 else 4, num_stages=2 if block_r <= 16 else 1,
+        strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+        by_row = mask.shape[1] > 1 or mask.shape[2] > 1
+    _attend_kernel[(row_blocks, N, sequences * G)](
+        q_latent, q_rot, latent, latent if half else k_rot, slots, mask, start, end, query_start, part, log,
+        _apart(latent, slots), _apart(k_rot, slots), jump, latent_hopper.stride_of(end), *strides,
+        S, longest_key, H // G, S, N, scaling, softcap, window,
+        G, C, P, latent.stride(-2), k_rot.stride(-2), half, kind, by_row, causal, window > 0, softcap > 0, direct,
+        dot_precision(dtype), tile.rows, tile.tokens, block_c, block_p, tile.tokens if by_row else 1024,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    out = torch.empty((B, H, S, C), dtype=q_rot.dtype, device=q_rot.device)
-    block = min(block_c, 128)
-    _join_kernel[(B * H * S, cdiv(C, block))](
-        part, log, q_rot if sinks is None else sinks, out, H, S, C, splits, sinks is not None, block, power_of_2(splits)
-    )
+    if not direct:
+        join(part, log, sinks, out)
     return out
 
 
 @_latent_decode.register_fake
-def _latent_decode_fake(q_latent, q_rot, latent, k_rot, mask, sinks, scaling, softcap):
-    return q_rot.new_empty((*q_rot.shape[:3], latent.shape[-1]))
+def _latent_decode_fake(
+    q_latent, q_rot, latent, k_rot, slots, mask, start, end, query_start, sinks,
+    C, G, longest_query, longest_key, causal, scaling, softcap, window,
+):  # fmt: skip
+    return q_rot.new_empty((*q_rot.shape[:3], C))
 
 
-def _splits(tiles: int, programs: int, device: torch.device) -> int:
-    """Parts of the context, so that two waves of programs fill the GPU; a power of 2, for few compiled variants."""
-    wanted = max(1, 2 * processors(device) // programs)
-    return min(power_of_2(wanted + 1) // 2, power_of_2(tiles), 64)
+def _splits(tiles: int, programs: int, room: int) -> int:
+    """Parts of the context, so that the GPU, which has room for so many programs at once, is full."""
+    return max(1, min(room // programs, tiles))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, 1, L, width) whose sequences lie a whole number of rows apart."""
+    return x if x.stride(-1) == 1 and x.stride(0) % x.stride(-2) == 0 else x.contiguous()
+
+
+def _apart(x: Tensor, slots: Tensor | None) -> int:
+    """Rows between two sequences; none where slots say which rows are theirs, or all share them."""
+    return 0 if slots is not None or x.shape[0] == 1 else x.stride(0) // x.stride(-2)
 
 
 def latent_decode(
@@ -176,6 +247,10 @@ def latent_decode(
     *,
     scaling: float,
     attention_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+    start_B: Tensor | None = None,
+    end_B: Tensor | None = None,
+    window: int | None = None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
@@ -188,17 +263,74 @@ def latent_decode(
         q_latent_BHSC: queries with W_uk folded in; None where keys are rotary alone.
         q_rot_BHSP: rotated queries.
         latent_B1LC, k_rot_B1LX: the cache as stored, in any strides that are dense in the last dimension.
-        attention_mask: broadcastable to (B, H, S, L), boolean or additive. None: a single query sees all of L, and
-            query i of several sees keys 0 to i. Tiles that a boolean mask hides from every row are not read, so a
-            static cache costs what is written in it.
+        attention_mask: broadcastable to (B, H, S, L), boolean or additive. Tiles that a boolean mask hides from every
+            row are not read.
+        is_causal: the queries are the last S tokens, and none sees those behind it; beside what the mask says. Left
+            out: where there is no mask, or an end.
+        start_B, end_B: integers, the first slot of each sequence and the one behind its last: 0 and L where left out.
+            One end for all may have one element. A static cache costs what is written in it.
+        window: a causal query sees this many tokens, its own the last.
         softcap: scores become softcap · tanh(score / softcap). sinks_H: one more logit a head, in the divisor alone.
     Returns:
         (B, H, S, C) in q_rot's dtype, accumulated in fp32; exact zeros for a query that sees nothing.
+    Raises:
+        ValueError: a mask that is not as long as the cache, or a window without causal queries.
     Gradients: none.
     Cost: reads B·L·(C + X) numbers once for G = 1 (the latents G times else, mostly from L2), with no host
         synchronisation; a grid from shapes alone, so that it can be captured. Deterministic.
     Source: absorption, arXiv:2405.04434; split over the context as in Flash-Decoding (crfm.stanford.edu/2023/10/12).
     """
+    S, P = q_rot_BHSP.shape[2:]
+    L, C = latent_B1LC.shape[-2:]
+    if is_causal is None:
+        is_causal = attention_mask is None or end_B is not None
+    if attention_mask is not None and attention_mask.shape[-1] != L:
+        raise ValueError(f"attention_mask is {attention_mask.shape[-1]} long, and the cache {L}")
+    if window and not is_causal:
+        raise ValueError(f"window={window} needs causal queries, got is_causal={is_causal}")
     return _latent_decode(
-        q_latent_BHSC, q_rot_BHSP, latent_B1LC, k_rot_B1LX, attention_mask, sinks_H, scaling, softcap or 0.0
-    )
+        q_latent_BHSC, q_rot_BHSP, _rows(latent_B1LC), _rows(k_rot_B1LX), None, attention_mask, start_B, end_B, None,
+        sinks_H, C, k_rot_B1LX.shape[-1] // P, S, L, is_causal, scaling, softcap or 0.0, window or 0,
+    )  # fmt: skip
+
+
+def latent_decode_packed(
+    q_latent_1HTC: Tensor | None,
+    q_rot_1HTP: Tensor,
+    latent: Tensor,
+    k_rot: Tensor,
+    *,
+    query_start: Tensor,
+    key_start: Tensor,
+    longest_query: int,
+    longest_key: int,
+    scaling: float,
+    slot_L: Tensor | None = None,
+    latent_width: int | None = None,
+    rotary_width: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """`latent_decode` of sequences that stand one behind the other, their keys packed or in pages.
+
+    Args:
+        q_latent_1HTC, q_rot_1HTP: queries of all sequences.
+        latent, k_rot: (1, 1, L, C) and (1, 1, L, X), packed like the queries. With slot_L: two tensors (slots, width)
+            over the same memory, which hold the two halves of each token's C + X numbers.
+        query_start, key_start: int32, where each sequence begins, and their ends last. A sequence's queries are its
+            last tokens. Queries behind the last sequence are left unwritten.
+        longest_query, longest_key: no sequence has more; they shape the grid.
+        slot_L: the slot of each packed key, int32 or int64.
+        latent_width, rotary_width: C and X, which the halves don't show.
+    Returns:
+        (1, H, T, C).
+    Cost: pages are read where they are.
+    """
+    C = latent.shape[-1] if latent_width is None else latent_width
+    X = k_rot.shape[-1] if rotary_width is None else rotary_width
+    return _latent_decode(
+        q_latent_1HTC, q_rot_1HTP, latent.contiguous(), k_rot.contiguous(), slot_L, None, key_start[:-1], key_start[1:],
+        query_start, sinks_H, C, X // q_rot_1HTP.shape[-1], longest_query, longest_key, True, scaling, softcap or 0.0,
+        window or 0,
+    )  # fmt: skip

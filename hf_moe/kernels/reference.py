@@ -134,9 +134,12 @@ def experts_lora(
     return experts(x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED, gating=gating)
 
 
-def latent_decode(q_latent, q_rot, latent, k_rot, *, scaling, attention_mask=None, softcap=None, sinks_H=None):
+def latent_decode(
+    q_latent, q_rot, latent, k_rot, *, scaling, attention_mask=None, is_causal=None, start_B=None, end_B=None,
+    window=None, softcap=None, sinks_H=None,
+) -> Tensor:  # fmt: skip
     """Keys and values are the cache itself; each group of heads has its own rotary key."""
-    (_, H, S, P), L = q_rot.shape, latent.shape[2]
+    (B, H, S, P), L = q_rot.shape, latent.shape[2]
     groups = k_rot.squeeze(1).unflatten(-1, (-1, P)).transpose(1, 2)
     score = q_rot @ groups.repeat_interleave(H // groups.shape[1], dim=1).mT
     if q_latent is not None:
@@ -144,15 +147,51 @@ def latent_decode(q_latent, q_rot, latent, k_rot, *, scaling, attention_mask=Non
     score = score * scaling
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
-    if attention_mask is None and S > 1:
-        attention_mask = torch.ones(S, L, dtype=torch.bool, device=score.device).tril()
+    seen = torch.ones(B, 1, S, L, dtype=torch.bool, device=score.device)
+    at = torch.arange(L, device=score.device)
+    end = torch.tensor([L], device=score.device) if end_B is None else end_B
+    until = end.view(-1, 1, 1, 1)
+    if is_causal or (is_causal is None and (attention_mask is None or end_B is not None)):
+        until = until - S + 1 + torch.arange(S, device=score.device)[:, None]
+    seen &= at < until
+    if start_B is not None:
+        seen &= at >= start_B.view(-1, 1, 1, 1)
+    if window is not None:
+        seen &= at >= until - window
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        score = score.masked_fill(~attention_mask, -torch.inf)
+        seen = seen & attention_mask
     elif attention_mask is not None:
         score = score + attention_mask
+    score = score.masked_fill(~seen, -torch.inf)
     if sinks_H is not None:
         score = torch.cat((score, sinks_H.to(score.dtype).view(1, H, 1, 1).expand(*score.shape[:3], 1)), dim=-1)
     return score.softmax(-1).nan_to_num()[..., :L] @ latent
+
+
+def latent_decode_packed(
+    q_latent,
+    q_rot,
+    latent,
+    k_rot,
+    *,
+    query_start,
+    key_start,
+    slot_L=None,
+    latent_width=None,
+    rotary_width=None,
+    **options,
+) -> Tensor:
+    """One sequence at a time; pages are gathered first."""
+    if slot_L is not None:
+        tokens = torch.cat((latent[slot_L], k_rot[slot_L]), -1)[None, None, :, : latent_width + rotary_width]
+        latent, k_rot = tokens.split([latent_width, rotary_width], -1)
+    bounds = [t.tolist() for t in (query_start, key_start)]
+    out = q_rot.new_zeros((*q_rot.shape[:3], latent.shape[-1]))
+    for q0, q1, k0, k1 in zip(bounds[0], bounds[0][1:], bounds[1], bounds[1][1:], strict=False):
+        query = None if q_latent is None else q_latent[:, :, q0:q1]
+        keys = latent[:, :, k0:k1], k_rot[:, :, k0:k1]
+        out[:, :, q0:q1] = latent_decode(query, q_rot[:, :, q0:q1], *keys, **options)
+    return out
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -10,18 +10,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .absorbed_hf_moe import (
+    absorbed_attention,
+    absorbed_in_pages,
+    absorption_pays,
+    packed_absorption_pays,
+    split_groups,
+)
 from .configuration_hf_moe import HfMoeConfig
+from .eager_hf_moe import eager_attention_forward
 from .fused_hf_moe import fused
 from .generation_hf_moe import is_filled, is_unfilled
 from .paging_hf_moe import half_width, update_paged
 from .rotary_hf_moe import apply_rotary_pos_emb, rope_parameters_of
-
-# The name under which `hf_moe` registers its kernel for the absorbed form.
-LATENT_ATTENTION = "hf_moe_latent"
 
 
 class HfMoeRMSNorm(nn.Module):
@@ -64,53 +68,6 @@ def softmax_scale(config: HfMoeConfig, layer_type: str) -> float:
         mscale = 0.1 * mscale_all_dim * math.log(rope["factor"]) + 1.0
         scale *= mscale * mscale
     return scale
-
-
-def attention_probabilities(
-    module: "HfMoeAttention", scores: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float
-) -> torch.Tensor:
-    """Softmax, in fp32 or better, of scaled scores (B, H, S, L), soft-capped, masked, with sinks; in their dtype."""
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    cap = module.config.attn_logit_softcapping
-    if cap is not None:
-        scores = torch.tanh(scores / cap) * cap
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask
-    if module.sinks is None:
-        weights = scores.softmax(dim=-1, dtype=dtype)
-    else:
-        sinks = module.sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)
-        weights = torch.cat((scores, sinks.to(scores.dtype)), dim=-1).softmax(dim=-1, dtype=dtype)[..., :-1]
-    return nn.functional.dropout(weights.to(scores.dtype), p=dropout, training=module.training)
-
-
-def eager_attention_forward(
-    module: "HfMoeAttention",
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention over expanded keys (B, H, L, N + P) and values (B, H, L, V); returns (B, S, H, V), weights."""
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is None and query.shape[2] > 1:
-        attention_mask = causal_mask(query.shape[2], key.shape[2], query.device)
-    weights = attention_probabilities(module, scores, attention_mask, dropout)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def causal_mask(query_length: int, key_length: int, device: torch.device) -> torch.Tensor:
-    """(S, L) of booleans: query i sees keys 0 to i.
-
-    Transformers leaves the mask out when the queries are the first tokens; L is above S if a static cache holds them.
-    """
-    return torch.ones(query_length, key_length, dtype=torch.bool, device=device).tril()
 
 
 class HfMoeAttention(nn.Module):
@@ -180,8 +137,12 @@ class HfMoeAttention(nn.Module):
         """Return the attended hidden states (B, S, D) and, where the attention function has them, the weights."""
         layer = past_key_values.layers[self.layer_idx] if is_filled(past_key_values, self.layer_idx) else None
         query, latent, k_rot = self.project(hidden_states, position_embeddings, layer)
+        pages, end = None, layer.cumulative_length if layer is not None else None
         if (paged := kwargs.pop("cache", None)) is not None:
-            latent, k_rot = update_paged(paged, latent, k_rot, self.layer_idx, half_width(self.config), kwargs)
+            read_index = kwargs["read_index"][paged.layer_to_allocator[self.layer_idx].index]
+            in_place = packed_absorption_pays(self, query, read_index, kwargs["max_length_q"])
+            half = half_width(self.config)
+            latent, k_rot, pages = update_paged(paged, latent, k_rot, self.layer_idx, half, kwargs, in_place)
         elif layer is not None and latent is layer.keys:
             layer.cumulative_length.add_(hidden_states.shape[1])
         elif is_unfilled(past_key_values, self.layer_idx):
@@ -193,8 +154,10 @@ class HfMoeAttention(nn.Module):
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
 
         dropout = self.attention_dropout if self.training else 0.0
-        if self.absorption_pays(query, latent, attention_mask):
-            attn_output, attn_weights = self.absorbed_attention(query, latent, k_rot, attention_mask, dropout)
+        if pages is not None:
+            attn_output, attn_weights = absorbed_in_pages(self, query, latent, k_rot, pages)
+        elif absorption_pays(self, query, latent, attention_mask):
+            attn_output, attn_weights = absorbed_attention(self, query, latent, k_rot, attention_mask, dropout, end)
         else:
             key, value = self.expand_kv(latent, k_rot)
             attn_output, attn_weights = self.attention_function()(
@@ -281,91 +244,9 @@ class HfMoeAttention(nn.Module):
         """
         expanded = self.kv_b_proj(kv_nope.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
         k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k_rot = self.split_groups(k_rot)
+        k_rot = split_groups(k_rot, self.qk_rope_head_dim)
         key = k_rot.repeat_interleave(value.shape[1] // k_rot.shape[1], dim=1)
         return torch.cat((k_nope, key), dim=-1) if self.qk_nope_head_dim else key, value
-
-    def split_groups(self, k_rot: torch.Tensor) -> torch.Tensor:
-        """Rotary keys (B, G, L, P) of cached ones (B, 1, L, G·P)."""
-        return k_rot.squeeze(1).unflatten(-1, (-1, self.qk_rope_head_dim)).transpose(1, 2)
-
-    def absorption_pays(self, query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        """Whether the absorbed form applies here and costs fewer FLOPs; decided by shapes alone."""
-        if self.config._attn_implementation not in ("eager", "paged|eager", "sdpa"):
-            return False
-        # An adapter, a quantised layer or an offloaded weight must be applied, not looked into.
-        if type(self.kv_b_proj) is not nn.Linear or self.kv_b_proj.weight.device != query.device:
-            return False
-        weight = self.kv_b_proj.weight
-        if isinstance(weight, DTensor):
-            # A sharded projection sums the latent's gradient over the ranks, which looking into it would leave out.
-            if torch.is_grad_enabled():
-                return False
-            weight = weight.to_local()
-        if type(weight) not in (torch.Tensor, nn.Parameter):
-            return False
-        if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4):
-            return False
-        s, length, c, n, p, v = (
-            query.shape[2],
-            latent.shape[2],
-            self.kv_lora_rank,
-            self.qk_nope_head_dim,
-            self.qk_rope_head_dim,
-            self.v_head_dim,
-        )
-        absorbed = s * c * (n + v) + s * length * ((2 if n else 1) * c + p)
-        return absorbed < length * c * (n + v) + s * length * (n + p + v)
-
-    def absorbed_attention(
-        self,
-        query: torch.Tensor,
-        latent: torch.Tensor,
-        k_rot: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention on the cache as stored; returns (B, S, H, V) and weights (B, H, S, L), or None from a kernel.
-
-        Args:
-            query: (B, H, S, N + P). latent: (B, 1, L, C). k_rot: (B, 1, L, G·P).
-            attention_mask: broadcastable to (B, H, S, L), boolean or additive; None for causal.
-        """
-        batch_size, num_heads, query_length, _ = query.shape
-        key_length = latent.shape[2]
-        weight = self.kv_b_proj.weight
-        w_HXC = (weight.to_local() if isinstance(weight, DTensor) else weight).unflatten(0, (num_heads, -1))
-        w_uk_HNC, w_uv_HVC = w_HXC.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-
-        kernel = self.latent_function(query, dropout)
-        if kernel is not None:
-            # A broadcast product would copy the weight for each sequence.
-            q_latent = torch.einsum("bhsn,hnc->bhsc", q_nope, w_uk_HNC) if self.qk_nope_head_dim else None
-            options = self.score_options()
-            out, _ = kernel(self, q_rot, k_rot, latent, attention_mask, self.scaling, q_latent=q_latent, **options)
-            return torch.einsum("bhsc,hvc->bshv", out, w_uv_HVC), None
-
-        k_rot = self.split_groups(k_rot)
-        q_rot = q_rot.reshape(batch_size, k_rot.shape[1], -1, self.qk_rope_head_dim)
-        scores = (q_rot @ k_rot.transpose(2, 3)).view(batch_size, num_heads, query_length, key_length)
-        if self.qk_nope_head_dim:
-            q_latent = (q_nope @ w_uk_HNC).reshape(batch_size, 1, -1, self.kv_lora_rank)
-            scores = scores + (q_latent @ latent.transpose(2, 3)).view_as(scores)
-        if attention_mask is None and query_length > 1:
-            attention_mask = causal_mask(query_length, key_length, query.device)
-        weights = attention_probabilities(self, scores * self.scaling, attention_mask, dropout)
-
-        out = (weights.reshape(batch_size, 1, -1, key_length) @ latent).view(batch_size, num_heads, query_length, -1)
-        return (out @ w_uv_HVC.transpose(1, 2)).transpose(1, 2), weights
-
-    def latent_function(self, query: torch.Tensor, dropout: float) -> Callable | None:
-        """The kernel for the absorbed form, where one is registered, and it gives all that is asked for here."""
-        if query.device.type != "cuda" or dropout or self.config._attn_implementation != "sdpa":
-            return None
-        if query.dtype not in (torch.bfloat16, torch.float16, torch.float32) or torch.is_grad_enabled():
-            return None
-        return ALL_ATTENTION_FUNCTIONS.get(LATENT_ATTENTION)
 
     def score_options(self) -> dict[str, Any]:
         """Soft-cap and sinks, where there are some, under the names by which flash and flex attention take them."""

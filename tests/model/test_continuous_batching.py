@@ -59,3 +59,8 @@ def test_several_sequences_for_each_text(sequences):
     answers = model.generate_batch(texts, generation_config=sampled, continuous_batching_config=pages, warmup=False)
     assert len(answers) == 2 * sequences
     assert all(0 < len(answer.generated_tokens) <= 6 for answer in answers.values())
+
+
+def test_kernel_reads_pages(variant, latent_kernel):
+    test_tokens_are_those_of_generate(variant, "sdpa")
+    assert latent_kernel.in_pages > 0

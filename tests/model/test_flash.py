@@ -94,3 +94,24 @@ def test_continuous_batching(model):
     )
     assert [answers[f"req_{i}"].error for i in range(len(texts))] == [None] * len(texts)
     assert [answers[f"req_{i}"].generated_tokens for i in range(len(texts))] == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}])
+def test_decode_through_the_latent_kernel(model, latent_kernel, options):
+    test_generated_tokens(model, options)
+    assert latent_kernel.calls >= 7 * model.config.num_hidden_layers
+    if model.config.sliding_window is None:
+        # A few tokens to verify, as speculation has them.
+        ids = random_ids(2, 20)
+        cache = model(ids[:, :15]).past_key_values
+        before = latent_kernel.calls
+        torch.testing.assert_close(
+            model(ids[:, 15:18], past_key_values=cache).logits, model(ids[:, :18]).logits[:, 15:], rtol=0, atol=2e-5
+        )
+        assert latent_kernel.calls > before
+
+
+def test_continuous_batching_through_the_latent_kernel(model, latent_kernel):
+    test_continuous_batching(model)
+    assert latent_kernel.in_pages > 0

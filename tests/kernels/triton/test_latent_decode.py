@@ -5,7 +5,7 @@ import torch
 from cases import DEVICE
 
 from hf_moe.kernels import reference
-from hf_moe.kernels.latent_decode import latent_decode
+from hf_moe.kernels.latent_decode import latent_decode, latent_decode_packed
 
 # batch, heads, groups, queries, cached tokens, latent width, rotary width (0: no latent part in the scores)
 SHAPES = {
@@ -25,11 +25,11 @@ def inputs(shape, dtype=torch.float32, nope=True, seed=0):
     return draw(B, H, S, C) if nope else None, draw(B, H, S, P), draw(B, 1, L, C), draw(B, 1, L, G * P)
 
 
-def check(tensors, **options):
-    out = latent_decode(*tensors, scaling=0.2, **options)
+def check(tensors, function=latent_decode, lengths=None, **options):
+    out = function(*tensors, scaling=0.2, **options, **(lengths or {}))
     exact = [t if t is None else t.double() for t in tensors]
-    truth = reference.latent_decode(*exact, scaling=0.2, **options)
-    plain = reference.latent_decode(*tensors, scaling=0.2, **options)
+    truth = getattr(reference, function.__name__)(*exact, scaling=0.2, **options)
+    plain = getattr(reference, function.__name__)(*tensors, scaling=0.2, **options)
     assert out.isfinite().all()
     floor = 4 * torch.finfo(out.dtype).eps * truth.abs().max()
     assert (out - truth).abs().max() <= 2 * (plain - truth).abs().max() + floor
@@ -80,3 +80,66 @@ def test_strided_cache():
     q_latent, q_rot, latent, k_rot = inputs(SHAPES["groups"])
     both = torch.cat((latent, k_rot), dim=-1)
     check((q_latent, q_rot, both[..., : latent.shape[-1]], both[..., latent.shape[-1] :]))
+
+
+def integers(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("name", ["one query", "several queries", "more rows than a tile"])
+def test_each_sequence_from_its_start_to_its_end(name, window):
+    tensors = inputs(SHAPES[name])
+    ends = integers(17, 33)[: SHAPES[name][0]]
+    check(tensors, start_B=integers(5, 0)[: SHAPES[name][0]], end_B=ends, window=window)
+    poisoned = [t.clone() for t in tensors]
+    poisoned[2][:, :, 17 if SHAPES[name][0] == 1 else 33 :] = torch.nan  # what lies behind the end is not read
+    assert latent_decode(*poisoned, scaling=0.2, end_B=ends, window=window).isfinite().all()
+
+
+def test_one_end_for_all_beside_a_mask():
+    tensors = inputs(SHAPES["one query"])
+    mask = torch.ones(2, 1, 1, 70, dtype=torch.bool, device=DEVICE)
+    mask[0, ..., :9] = False
+    check(tensors, attention_mask=mask, end_B=torch.tensor([41], device=DEVICE))
+
+
+def test_padding_with_causal_queries():
+    tensors = inputs(SHAPES["several queries"])
+    mask = torch.ones(2, 1, 1, 40, dtype=torch.bool, device=DEVICE)
+    mask[0, ..., :9] = False
+    check(tensors, attention_mask=mask, is_causal=True, window=20)
+
+
+# Queries and keys of each sequence: decode steps, a whole prompt, a part of one, and the padding of a captured batch.
+MIXED = {"query": (1, 5, 1, 3, 0, 0), "key": (18, 5, 1, 40, 0, 0)}
+
+
+@pytest.mark.parametrize("page", [None, 4], ids=["packed", "in pages"])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("widths", [(4, 1, 32, 16), (6, 3, 20, 4), (4, 2, 24, 7)], ids=["C32", "C20", "odd"])
+def test_packed_sequences(page, window, widths):
+    H, G, C, P = widths
+    start = {name: integers(0, *torch.tensor(counts).cumsum(0).tolist()) for name, counts in MIXED.items()}
+    T, L = sum(MIXED["query"]), sum(MIXED["key"])
+    q_latent, q_rot, latent, k_rot = inputs((1, H, G, T, L, C, P))
+    options = {"query_start": start["query"], "key_start": start["key"], "window": window}
+    if page is not None:
+        # As Transformers lays them: a page's first halves, then its second halves.
+        half = (C + G * P + 1) // 2
+        slots = torch.randperm(30 * page, generator=torch.Generator().manual_seed(3))[:L].to(DEVICE)
+        slots += slots // page * page
+        memory = torch.randn(61 * page, half, device=DEVICE)
+        latent, k_rot = memory[:-page], memory[page:]
+        options |= {"slot_L": slots, "latent_width": C, "rotary_width": G * P}
+    longest = {"longest_query": max(MIXED["query"]), "longest_key": max(MIXED["key"])}
+    check((q_latent, q_rot, latent, k_rot), latent_decode_packed, longest, **options)
+
+
+def test_what_cannot_be_is_refused():
+    tensors = inputs(SHAPES["one query"])
+    mask = torch.ones(2, 1, 1, 69, dtype=torch.bool, device=DEVICE)
+    with pytest.raises(ValueError, match="69 long, and the cache 70"):
+        latent_decode(*tensors, scaling=0.2, attention_mask=mask)
+    with pytest.raises(ValueError, match="window=3"):
+        latent_decode(*tensors, scaling=0.2, window=3, is_causal=False)

@@ -1,0 +1,173 @@
+"""Latent attention on the cache as stored: when that is the cheaper form, in plain PyTorch, and through a kernel.
+
+    score = (W_ukᵀ q_nope · c + q_rope · k_rope) · scale        out = W_uv Σ softmax(score) c
+
+Letters: B batch, S query length, L cached length, H heads, G key groups, C latent width, P rotary width,
+N position-free width of a key head, V width of a value head, T packed queries. `module` is an `HfMoeAttention`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .eager_hf_moe import attention_probabilities, causal_mask
+
+# The name under which `hf_moe` registers its kernel.
+LATENT_ATTENTION = "hf_moe_latent"
+
+
+def absorption_pays(
+    module: Any, query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None
+) -> bool:
+    """Whether the absorbed form applies here and costs fewer FLOPs; decided by shapes alone."""
+    s, length = query.shape[2], latent.shape[2]
+    dimensions = 4
+    if "flash" in module.config._attn_implementation:
+        # Flash attention gets no mask, or one of tokens, and takes the queries for the last ones of the cache. Texts
+        # packed in one row are known by their positions: they have no cache.
+        if latent_function(module, query) is None or (s > 1 and (s == length or module.sliding_window)):
+            return False
+        dimensions = 2
+    elif module.config._attn_implementation not in ("eager", "paged|eager", "sdpa"):
+        return False
+    if attention_mask is not None and not (
+        isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == dimensions
+    ):
+        return False
+    return _is_plain(module.kv_b_proj, query.device) and _cheaper(module, s, length, s * length, s * length)
+
+
+def packed_absorption_pays(module: Any, query: torch.Tensor, read_index: torch.Tensor, longest_query: int) -> bool:
+    """The same for the sequences of continuous batching, packed in one row: only a kernel tells them apart."""
+    if latent_function(module, query) is None or not _is_plain(module.kv_b_proj, query.device):
+        return False
+    tokens = query.shape[2]
+    length = max(read_index.shape[0], tokens)
+    one_by_one = min(longest_query, tokens) * length
+    return _cheaper(module, tokens, length, one_by_one, tokens * length)
+
+
+def _is_plain(projection: nn.Module, device: torch.device) -> bool:
+    """An adapter, a quantised layer or an offloaded weight must be applied, not looked into."""
+    if type(projection) is not nn.Linear or projection.weight.device != device:
+        return False
+    weight: Any = projection.weight
+    if isinstance(weight, DTensor):
+        # A sharded projection sums the latent's gradient over the ranks, which looking into it would leave out.
+        if torch.is_grad_enabled():
+            return False
+        weight = weight.to_local()
+    return type(weight) in (torch.Tensor, nn.Parameter)
+
+
+def _cheaper(module: Any, queries: int, length: int, absorbed_pairs: int, expanded_pairs: int) -> bool:
+    """Compare FLOPs, given the pairs of query and key that each form computes."""
+    c, n = module.kv_lora_rank, module.qk_nope_head_dim
+    p, v = module.qk_rope_head_dim, module.v_head_dim
+    absorbed = queries * c * (n + v) + absorbed_pairs * ((2 if n else 1) * c + p)
+    return absorbed < length * c * (n + v) + expanded_pairs * (n + p + v)
+
+
+def latent_function(module: Any, query: torch.Tensor) -> Callable | None:
+    """The kernel for the absorbed form, where one is registered, and it gives all that is asked for here."""
+    name = module.config._attn_implementation
+    if query.device.type != "cuda" or not (name == "sdpa" or "flash" in name):
+        return None
+    if query.dtype not in (torch.bfloat16, torch.float16, torch.float32) or torch.is_grad_enabled():
+        return None
+    if module.training and module.attention_dropout:
+        return None
+    return ALL_ATTENTION_FUNCTIONS.get(LATENT_ATTENTION)
+
+
+def split_groups(k_rot: torch.Tensor, width: int) -> torch.Tensor:
+    """Rotary keys (B, G, L, P) of cached ones (B, 1, L, G·P)."""
+    return k_rot.squeeze(1).unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def _projections(module: Any, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_uk (H, N, C) and W_uv (H, V, C)."""
+    weight = module.kv_b_proj.weight
+    w_HXC = (weight.to_local() if isinstance(weight, DTensor) else weight).unflatten(0, (num_heads, -1))
+    w_uk_HNC, w_uv_HVC = w_HXC.split([module.qk_nope_head_dim, module.v_head_dim], dim=1)
+    return w_uk_HNC, w_uv_HVC
+
+
+def absorbed_attention(
+    module: Any,
+    query: torch.Tensor,
+    latent: torch.Tensor,
+    k_rot: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    end: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention on the cache as stored; returns (B, S, H, V) and weights (B, H, S, L), or None from a kernel.
+
+    Args:
+        query: (B, H, S, N + P). latent: (B, 1, L, C). k_rot: (B, 1, L, G·P).
+        attention_mask: broadcastable to (B, H, S, L), boolean or additive. None: query i of several sees keys 0 to i.
+            With flash attention: (B, L), 0 for padding; the queries are the last tokens.
+        end: how many slots of a static cache are written, on the device; what lies behind them need not be read.
+    """
+    batch_size, num_heads, query_length, _ = query.shape
+    kernel = latent_function(module, query)
+    if kernel is not None:
+        if "flash" in module.config._attn_implementation:
+            options = {"is_causal": query_length > 1, "end": end}
+            if attention_mask is not None:
+                latent, k_rot = (x[:, :, : attention_mask.shape[1]] for x in (latent, k_rot))
+                options, attention_mask = options | {"end": None}, attention_mask[:, None, None].bool()
+        else:
+            if attention_mask is None and query_length > 1:
+                latent, k_rot = (x[:, :, :query_length] for x in (latent, k_rot))
+            options = {"end": end if attention_mask is not None else None}
+        return _through_kernel(kernel, module, query, latent, k_rot, attention_mask, options), None
+
+    w_uk_HNC, w_uv_HVC = _projections(module, num_heads)
+    q_nope, q_rot = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
+    key_length = latent.shape[2]
+    k_rot = split_groups(k_rot, module.qk_rope_head_dim)
+    q_rot = q_rot.reshape(batch_size, k_rot.shape[1], -1, module.qk_rope_head_dim)
+    scores = (q_rot @ k_rot.transpose(2, 3)).view(batch_size, num_heads, query_length, key_length)
+    if module.qk_nope_head_dim:
+        q_latent = (q_nope @ w_uk_HNC).reshape(batch_size, 1, -1, module.kv_lora_rank)
+        scores = scores + (q_latent @ latent.transpose(2, 3)).view_as(scores)
+    if attention_mask is None and query_length > 1:
+        attention_mask = causal_mask(query_length, key_length, query.device)
+    weights = attention_probabilities(module, scores * module.scaling, attention_mask, dropout)
+
+    out = (weights.reshape(batch_size, 1, -1, key_length) @ latent).view(batch_size, num_heads, query_length, -1)
+    return (out @ w_uv_HVC.transpose(1, 2)).transpose(1, 2), weights
+
+
+def absorbed_in_pages(
+    module: Any, query: torch.Tensor, latent: torch.Tensor, k_rot: torch.Tensor, pages: dict[str, Any]
+) -> tuple[torch.Tensor, None]:
+    """Attention of queries (1, H, T, N + P) of several sequences on what `update_paged` gave; returns (1, T, H, V)."""
+    kernel = latent_function(module, query)
+    assert kernel is not None
+    options = {"pages": pages, "window": module.sliding_window}
+    return _through_kernel(kernel, module, query, latent, k_rot, None, options), None
+
+
+def _through_kernel(
+    kernel: Callable,
+    module: Any,
+    query: torch.Tensor,
+    latent: torch.Tensor,
+    k_rot: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    w_uk_HNC, w_uv_HVC = _projections(module, query.shape[1])
+    q_nope, q_rot = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
+    # A broadcast product would copy the weight for each sequence.
+    q_latent = torch.einsum("bhsn,hnc->bhsc", q_nope, w_uk_HNC) if module.qk_nope_head_dim else None
+    options = options | module.score_options()
+    out, _ = kernel(module, q_rot, k_rot, latent, attention_mask, module.scaling, q_latent=q_latent, **options)
+    return torch.einsum("bhsc,hvc->bshv", out, w_uv_HVC)

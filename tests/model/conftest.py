@@ -1,0 +1,36 @@
+"""The attention function "hf_moe_latent" in plain PyTorch, in its place on a machine without a GPU."""
+
+import pytest
+
+from hf_moe.kernels import reference
+from hf_moe.model import absorbed_hf_moe
+
+
+class LatentReference:
+    """Counts its calls, and those for sequences in pages."""
+
+    def __init__(self):
+        self.calls = self.in_pages = 0
+
+    def __call__(
+        self, module, query, key, value, attention_mask, scaling, *, q_latent, softcap=None, s_aux=None, is_causal=None,
+        end=None, window=None, pages=None,
+    ):  # fmt: skip
+        self.calls += 1
+        options = {"scaling": scaling, "softcap": softcap, "sinks_H": s_aux, "window": window}
+        if pages is not None:
+            self.in_pages += "slot_L" in pages
+            pages = {name: given for name, given in pages.items() if not name.startswith("longest")}
+            return reference.latent_decode_packed(q_latent, query, value, key, **options, **pages), None
+        options |= {"attention_mask": attention_mask, "is_causal": is_causal, "end_B": end}
+        return reference.latent_decode(q_latent, query, value, key, **options), None
+
+
+@pytest.fixture
+def latent_kernel(monkeypatch) -> LatentReference:
+    """The kernel's calls, as on a GPU: where attention is not eager."""
+    kernel = LatentReference()
+    eager = ("eager", "paged|eager")
+    choose = lambda module, query: None if module.config._attn_implementation in eager else kernel  # noqa: E731
+    monkeypatch.setattr(absorbed_hf_moe, "latent_function", choose)
+    return kernel
