@@ -63,7 +63,7 @@ _GATES: dict[str, dict[str, Any]] = {
 }
 
 
-def _activation(act_fn: Any) -> tuple[str, float] | None:
+def known_activation(act_fn: Any) -> tuple[str, float] | None:
     if type(act_fn) is nn.GELU:
         return ("gelu" if act_fn.approximate == "none" else "gelu_tanh"), 1.0
     return _ACTIVATIONS.get(type(act_fn)) or (_ACTIVATIONS.get(act_fn) if not isinstance(act_fn, nn.Module) else None)
@@ -73,7 +73,7 @@ def gating_of(module: Any) -> "Gating | None":
     """The formula between a module's two projections, or None when it is not one that the kernels know."""
     from .gating import Gating
 
-    known = _activation(getattr(module, "act_fn", None))
+    known = known_activation(getattr(module, "act_fn", None))
     if not module.has_gate:
         return None if known is None else Gating(known[0], known[1], gated=False)
     method = type(module)._apply_gate

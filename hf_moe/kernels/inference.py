@@ -11,9 +11,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.absorbed_hf_moe import LATENT_ATTENTION
 from ..model.fused_hf_moe import FUSED
+from .experts import known_activation
 
 # From here on a product over all tokens beats one that reads the router's weight once a token.
 _FEW_TOKENS = 64
+# Up to here products by fused multiply-adds are faster than cuBLAS's.
+_SINGLE_ROWS = 2
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -48,6 +51,29 @@ def expert_choice(
     from .expert_choice import expert_choice
 
     return expert_choice(x, weight, bias, **options)
+
+
+def few_rows_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """See `small_batch.linear`; None where there are too many tokens for it."""
+    rows = x.reshape(-1, x.shape[-1])
+    if not 0 < rows.shape[0] <= _SINGLE_ROWS or x.dtype != weight.dtype:
+        return None
+    from .small_batch import linear
+
+    return linear(rows, weight).view(*x.shape[:-1], -1)
+
+
+def gated_mlp(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, act_fn: Any
+) -> torch.Tensor | None:
+    """See `small_batch.gated_mlp`; None for too many tokens, or an activation that it does not know."""
+    act = known_activation(act_fn)
+    rows = x.reshape(-1, x.shape[-1])
+    if act is None or act[1] != 1.0 or not 0 < rows.shape[0] <= _SINGLE_ROWS or x.dtype != gate.dtype:
+        return None
+    from .small_batch import gated_mlp
+
+    return gated_mlp(rows, gate, up, down, act[0]).view(x.shape)
 
 
 def latent_attention(
@@ -88,4 +114,5 @@ def latent_attention(
 def register() -> None:
     """Enter the functions above under their names."""
     ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION, latent_attention)
-    FUSED.update({f.__name__: f for f in (rms_norm, add_rms_norm, latent_entry, expert_choice)})
+    functions = rms_norm, add_rms_norm, latent_entry, expert_choice, few_rows_linear, gated_mlp
+    FUSED.update({function.__name__: function for function in functions})

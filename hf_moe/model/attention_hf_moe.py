@@ -22,7 +22,7 @@ from .absorbed_hf_moe import (
 )
 from .configuration_hf_moe import HfMoeConfig
 from .eager_hf_moe import eager_attention_forward
-from .fused_hf_moe import fused
+from .fused_hf_moe import apply_linear, fused
 from .generation_hf_moe import is_filled, is_unfilled
 from .paging_hf_moe import half_width, update_paged
 from .rotary_hf_moe import apply_rotary_pos_emb, rope_parameters_of
@@ -173,7 +173,7 @@ class HfMoeAttention(nn.Module):
                 **kwargs,
             )
         attn_output = attn_output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return self.o_proj(attn_output), attn_weights
+        return apply_linear(self.o_proj, attn_output), attn_weights
 
     def project(
         self, hidden_states: torch.Tensor, position_embeddings: tuple, layer: Any = None
@@ -185,11 +185,11 @@ class HfMoeAttention(nn.Module):
         """
         cos, sin = position_embeddings
         if self.config.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
+            query = apply_linear(self.q_proj, hidden_states)
         else:
-            query = self.q_a_proj(hidden_states)
-            query = self.q_b_proj(self.q_a_layernorm(query) if self.config.q_a_layernorm else query)
-        latent_key = self.kv_a_proj_with_mqa(hidden_states)
+            query = apply_linear(self.q_a_proj, hidden_states)
+            query = apply_linear(self.q_b_proj, self.q_a_layernorm(query) if self.config.q_a_layernorm else query)
+        latent_key = apply_linear(self.kv_a_proj_with_mqa, hidden_states)
         norm = self.kv_a_layernorm if self.config.kv_a_layernorm else None
         weight = norm.weight if norm is not None else None
         kernel = fused("latent_entry", query, latent_key, weight) if self.can_fuse else None

@@ -31,3 +31,23 @@ def fused(name: str, *tensors: torch.Tensor | None) -> Callable | None:
         ):
             return None
     return kernel
+
+
+def is_bare(layer: torch.nn.Module) -> bool:
+    """Whether a layer is one weight and nothing more: no bias, adapter, quantisation, hook or wrapped forward."""
+    return (
+        type(layer) is torch.nn.Linear
+        and layer.bias is None
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and "forward" not in layer.__dict__
+    )
+
+
+def apply_linear(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """layer(x), by a kernel for few tokens where there is one."""
+    if is_bare(layer) and (kernel := fused("few_rows_linear", x, layer.weight)) is not None:
+        y = kernel(x, layer.weight)
+        if y is not None:
+            return y
+    return layer(x)

@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm
 from .batching_hf_moe import LatentBatching
 from .configuration_hf_moe import HfMoeConfig
+from .fused_hf_moe import fused, is_bare
 from .generation_hf_moe import CapturedGeneration
 from .parallel_hf_moe import register_parallel_styles
 from .rotary_hf_moe import HfMoeRotaryEmbedding
@@ -57,6 +58,13 @@ class HfMoeMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if all(is_bare(layer) for layer in layers):
+            weights = [layer.weight for layer in layers]
+            if (kernel := fused("gated_mlp", hidden_states, *weights)) is not None:
+                output = kernel(hidden_states, *weights, self.act_fn)
+                if output is not None:
+                    return output
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 

@@ -10,7 +10,7 @@ from hf_moe.kernels import reference
 from hf_moe.kernels.expert_choice import expert_choice
 from hf_moe.kernels.latent_entry import latent_entry
 from hf_moe.kernels.rms_norm import add_rms_norm, rms_norm
-from hf_moe.model import attention_hf_moe, routing_hf_moe
+from hf_moe.model import attention_hf_moe, fused_hf_moe, modeling_hf_moe, routing_hf_moe
 from hf_moe.model.fused_hf_moe import FUSED
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -113,7 +113,7 @@ def test_expert_choice(case, dtype):
 def test_the_whole_model(name, monkeypatch):
     model, ids = tiny_model(name).to(DEVICE), random_ids(2, 9).to(DEVICE)
     model.set_experts_implementation("grouped_mm")
-    used = set()
+    modules, used = (attention_hf_moe, fused_hf_moe, modeling_hf_moe, routing_hf_moe), set()
 
     def steps(cache):
         logits = [model(ids[:, :6], past_key_values=cache).logits[:, -1]]
@@ -124,11 +124,11 @@ def test_the_whole_model(name, monkeypatch):
         return FUSED[name]
 
     with monkeypatch.context() as patch:
-        for module in (attention_hf_moe, routing_hf_moe):
+        for module in modules:
             patch.setattr(module, "fused", lambda *_: None)
         expected = steps(DynamicCache(config=model.config))
-    for module in (attention_hf_moe, routing_hf_moe):
+    for module in modules:
         monkeypatch.setattr(module, "fused", fused)
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
         torch.testing.assert_close(steps(cache), expected, rtol=1e-4, atol=1e-4)
-    assert {"rms_norm", "expert_choice"} <= used
+    assert {"rms_norm", "expert_choice", "gated_mlp"} <= used
