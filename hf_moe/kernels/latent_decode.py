@@ -197,10 +197,10 @@ def _latent_decode(
         if not direct:
             join(part, log, sinks, out)
         return out
-    kind, by_row, strides = "none", False, (0, 0, 0, 0)
+    kind, by_row, strides = "none", False, [0] * 4
     if mask is not None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
-        strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+        strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
         by_row = mask.shape[1] > 1 or mask.shape[2] > 1
     _attend_kernel[(row_blocks, N, sequences * G)](
         q_latent, q_rot, latent, latent if half else k_rot, slots, mask, start, end, query_start, part, log,
