@@ -16,7 +16,8 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def _copies_in_bulk(device: torch.device) -> bool:
+def has_copy_engine(device: torch.device) -> bool:
+    """Hopper or newer; the interpreter plays it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).major >= 9
     return bool(triton.knobs.runtime.interpret)
@@ -24,7 +25,7 @@ def _copies_in_bulk(device: torch.device) -> bool:
 
 def can_describe(tensor: torch.Tensor) -> bool:
     """A descriptor needs Hopper or newer, 16-byte rows and a contiguous last dimension."""
-    if not _copies_in_bulk(tensor.device):
+    if not has_copy_engine(tensor.device):
         return False
     *strides, last = tensor.stride()
     misaligned = tensor.data_ptr()

@@ -155,7 +155,7 @@ def choose(R: int, bytes_wide: int, tokens: int) -> Tile:
         return Tile(16, 32 if bytes_wide <= 2048 else 16, 4, 2)
     if R <= 16:
         return Tile(16, 64 if tokens > 32 else 32, 4, 2)
-    return Tile(32, 64, 8, 2)
+    return Tile(64, 64, 8, 2)
 
 
 @torch.library.custom_op("hf_moe::latent_decode", mutates_args=())
@@ -173,14 +173,13 @@ def _latent_decode(
     q_latent = None if q_latent is None else q_latent.contiguous()
     R = H // G * longest_query
     block_c, block_p = max(power_of_2(C), 16), max(power_of_2(P), 16)
-    many_heads = R > 32 and slots is None and query_start is None
-    many_heads = many_heads and latent_hopper.suits(q_latent, q_rot, latent, k_rot, mask)
-    if many_heads:
+    on_hopper = slots is None and query_start is None and latent_hopper.suits(q_latent, q_rot, latent, k_rot, mask)
+    if on_hopper:
         tile = Tile(64, 64, 12, 2)
     else:
         tile = choose(R, block_c * latent.element_size(), cdiv(longest_key * B * G, processors(device)))
     row_blocks = cdiv(R, tile.rows)
-    room = (1 if many_heads else 2) * processors(device)
+    room = (1 if on_hopper else 2) * processors(device)
     N = _splits(cdiv(longest_key, tile.tokens), row_blocks * sequences * G, room)
     direct = N == 1 and sinks is None
 
@@ -189,7 +188,7 @@ def _latent_decode(
     if not direct:
         part = torch.empty((B * H * S, N, C), dtype=torch.float32, device=device)
         log = torch.empty((B * H * S, N), dtype=torch.float32, device=device)
-    if many_heads:
+    if on_hopper:
         assert q_latent is not None
         latent_hopper.attend(
             q_latent, q_rot, latent, k_rot, mask, start, end, part, log,
@@ -198,10 +197,10 @@ def _latent_decode(
         if not direct:
             join(part, log, sinks, out)
         return out
-    kind, by_row, strides = "none", False, (0, 0, 0, 0)
+    kind, by_row, strides = "none", False, [0] * 4
     if mask is not None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
-        strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+        strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
         by_row = mask.shape[1] > 1 or mask.shape[2] > 1
     _attend_kernel[(row_blocks, N, sequences * G)](
         q_latent, q_rot, latent, latent if half else k_rot, slots, mask, start, end, query_start, part, log,

@@ -26,24 +26,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .descriptors import can_describe
-from .tuning import cdiv
+from .tuning import cdiv, power_of_2
 
 # Triton 3.6 has names of its own for these.
 _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 LOG2_E = gl.constexpr(1.4426950408889634)
 BLOCK = gl.constexpr(64)  # rows, and tokens
-STAGES = gl.constexpr(2)
 
 
 @gluon.jit
-def _copy(descriptors, buffers, barriers, place, out_ptr, C: gl.constexpr, P: gl.constexpr, DIRECT: gl.constexpr):
+def _copy(
+    descriptors, buffers, barriers, place, out_ptr,
+    C: gl.constexpr, P: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr, DIRECT: gl.constexpr,
+):  # fmt: skip
     q_latent, q_rot, latent, k_rot = descriptors
     q_left, q_right, q_rotary, left, right, rotary, _, _ = buffers
     asked, full, empty, _, _ = barriers
     b, g, row, _, low, first, last, _, _ = place
-    HALF: gl.constexpr = C // 2
-    mbarrier.expect(asked.index(0), 2 * BLOCK * (C + P))
+    HALF: gl.constexpr = WIDE // 2
+    PARTS: gl.constexpr = q_rotary.shape[1] + WIDE
+    mbarrier.expect(asked.index(0), 2 * BLOCK * PARTS)
     _fetch(q_rot, [row, 0], asked.index(0), q_rotary)
     _fetch(q_latent, [row, 0], asked.index(0), q_left)
     _fetch(q_latent, [row, HALF], asked.index(0), q_right)
@@ -52,31 +55,37 @@ def _copy(descriptors, buffers, barriers, place, out_ptr, C: gl.constexpr, P: gl
         mbarrier.wait(empty.index(stage), (((tile - first) // STAGES) & 1) ^ 1)
         bar = full.index(stage)
         at = low + tile * BLOCK
-        mbarrier.expect(bar, 2 * BLOCK * (C + P))
+        mbarrier.expect(bar, 2 * BLOCK * PARTS)
         _fetch(k_rot, [b, at, g * P], bar, rotary.index(stage))
         _fetch(latent, [b, at, 0], bar, left.index(stage))
         _fetch(latent, [b, at, HALF], bar, right.index(stage))
 
 
 @gluon.jit
-def _store(out_ptr, sums, divisor, column, place, C: gl.constexpr, DIRECT: gl.constexpr, LAYOUT: gl.constexpr):
+def _store(
+    out_ptr, sums, divisor, column, place,
+    C: gl.constexpr, WIDE: gl.constexpr, DIRECT: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
     _, _, row, rows, _, _, _, split, N = place
-    HALF: gl.constexpr = C // 2
+    HALF: gl.constexpr = WIDE // 2
     r = gl.arange(0, BLOCK, gl.SliceLayout(1, LAYOUT))
     c = gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT)) + column
     here = (row + r).to(gl.int64)
     if not DIRECT:
         here = here * N + split
     value = (sums / divisor[:, None]).to(out_ptr.dtype.element_ty)
-    gl.store(out_ptr + (here * C)[:, None] + c[None, :], value, mask=(r < rows)[:, None])
+    gl.store(out_ptr + (here * C)[:, None] + c[None, :], value, mask=(r < rows)[:, None] & (c < C)[None, :])
 
 
 @gluon.jit
-def _right(descriptors, buffers, barriers, place, out_ptr, C: gl.constexpr, P: gl.constexpr, DIRECT: gl.constexpr):
+def _right(
+    descriptors, buffers, barriers, place, out_ptr,
+    C: gl.constexpr, P: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr, DIRECT: gl.constexpr,
+):  # fmt: skip
     _, _, _, _, right, _, weights, shrinks = buffers
     _, full, empty, passed, taken = barriers
     _, _, _, _, _, first, last, _, _ = place
-    HALF: gl.constexpr = C // 2
+    HALF: gl.constexpr = WIDE // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     sums = gl.zeros([BLOCK, HALF], gl.float32, LAYOUT)
@@ -91,20 +100,20 @@ def _right(descriptors, buffers, barriers, place, out_ptr, C: gl.constexpr, P: g
         mbarrier.arrive(taken.index(0), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
     mbarrier.wait(passed.index(0), (last - first) & 1)
-    _store(out_ptr, sums, shrinks.load(ROWS), HALF, place, C, DIRECT, LAYOUT)
+    _store(out_ptr, sums, shrinks.load(ROWS), HALF, place, C, WIDE, DIRECT, LAYOUT)
 
 
 @gluon.jit
 def _scores_and_left(
     buffers, barriers, place, out_ptr, log_ptr, mask_ptr, mask_l, start, end, S, scale, cap, window,
-    C: gl.constexpr, P: gl.constexpr, KEPT: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    CAPPED: gl.constexpr, DIRECT: gl.constexpr,
+    C: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, CAPPED: gl.constexpr, DIRECT: gl.constexpr,
 ):  # fmt: skip
     q_left, q_right, q_rotary, left, right, rotary, weights, shrinks = buffers
     asked, full, empty, passed, taken = barriers
     _, _, row, rows, low, first, last, split, N = place
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    HALF: gl.constexpr = C // 2
+    HALF: gl.constexpr = WIDE // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     r = gl.arange(0, BLOCK, gl.SliceLayout(1, SCORE))
@@ -116,16 +125,20 @@ def _scores_and_left(
     top = gl.full([BLOCK], float("-inf"), gl.float32, gl.SliceLayout(1, SCORE))
     total = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(1, SCORE))
     sums = gl.zeros([BLOCK, HALF], gl.float32, LAYOUT)
+    at = low + first * BLOCK + l
+    if KEPT:
+        next_kept = gl.load(mask_ptr + at * mask_l, mask=at < end, other=0)
     mbarrier.wait(asked.index(0), 0)
     for tile in range(first, last):
         stage = (tile - first) % STAGES
         at = low + tile * BLOCK + l
         if KEPT:
-            kept = gl.load(mask_ptr + at * mask_l, mask=at < end, other=0)
+            kept = next_kept
+            next_kept = gl.load(mask_ptr + (at + BLOCK) * mask_l, mask=at + BLOCK < end, other=0)
         mbarrier.wait(full.index(stage), ((tile - first) // STAGES) & 1)
         left_tile = left.index(stage).reshape([BLOCK, HALF])
         right_tile = right.index(stage).reshape([BLOCK, HALF])
-        rotary_tile = rotary.index(stage).reshape([BLOCK, P])
+        rotary_tile = rotary.index(stage).reshape([BLOCK, q_rotary.shape[1]])
         score = gl.zeros([BLOCK, BLOCK], gl.float32, SCORE)
         score = warpgroup_mma(q_rotary, rotary_tile.permute((1, 0)), score, use_acc=False, is_async=True)
         score = warpgroup_mma(q_left, left_tile.permute((1, 0)), score, is_async=True)
@@ -166,15 +179,15 @@ def _scores_and_left(
     mbarrier.arrive(passed.index(0), count=1)
     if not DIRECT:
         gl.store(log_ptr + (row + r) * N + split, top + gl.log2(divisor), mask=r < rows)
-    _store(out_ptr, sums, gl.convert_layout(divisor, ROWS), 0, place, C, DIRECT, LAYOUT)
+    _store(out_ptr, sums, gl.convert_layout(divisor, ROWS), 0, place, C, WIDE, DIRECT, LAYOUT)
 
 
 @gluon.jit
 def _attend_kernel(
     q_latent, q_rot, latent, k_rot, out_ptr, log_ptr, mask_ptr, start_ptr, end_ptr, end_b, mask_b, mask_l,
     R, S, L, N, scale, cap, window,
-    G: gl.constexpr, C: gl.constexpr, P: gl.constexpr, KEPT: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    CAPPED: gl.constexpr, DIRECT: gl.constexpr,
+    G: gl.constexpr, C: gl.constexpr, P: gl.constexpr, WIDE: gl.constexpr, WIDE_P: gl.constexpr, STAGES: gl.constexpr,
+    KEPT: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAPPED: gl.constexpr, DIRECT: gl.constexpr,
 ):  # fmt: skip
     split = gl.program_id(1)
     b = gl.program_id(2) // G
@@ -190,15 +203,15 @@ def _attend_kernel(
     tiles = gl.cdiv(gl.maximum(high - low, 0), BLOCK)
     place = (b, g, (b * G + g) * R + begin, R - begin, low, tiles * split // N, tiles * (split + 1) // N, split, N)
 
-    HALF: gl.constexpr = C // 2
+    HALF: gl.constexpr = WIDE // 2
     dtype: gl.constexpr = latent.dtype
     wide: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     q_left = gl.allocate_shared_memory(dtype, [BLOCK, HALF], wide)
     q_right = gl.allocate_shared_memory(dtype, [BLOCK, HALF], wide)
-    q_rotary = gl.allocate_shared_memory(dtype, [BLOCK, P], q_rot.layout)
+    q_rotary = gl.allocate_shared_memory(dtype, [BLOCK, WIDE_P], q_rot.layout)
     left = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, HALF], latent.layout)
     right = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, HALF], latent.layout)
-    rotary = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, P], k_rot.layout)
+    rotary = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, WIDE_P], k_rot.layout)
     weights = gl.allocate_shared_memory(dtype, [BLOCK, BLOCK], wide)
     shrinks = gl.allocate_shared_memory(gl.float32, [BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     asked = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -221,10 +234,10 @@ def _attend_kernel(
         [
             (_scores_and_left, (
                 buffers, barriers, place, out_ptr, log_ptr, mask_ptr, mask_l, low, high, S, scale, cap, window,
-                C, P, KEPT, CAUSAL, WINDOW, CAPPED, DIRECT,
+                C, WIDE, STAGES, KEPT, CAUSAL, WINDOW, CAPPED, DIRECT,
             )),
-            (_right, (descriptors, buffers, barriers, place, out_ptr, C, P, DIRECT)),
-            (_copy, (descriptors, buffers, barriers, place, out_ptr, C, P, DIRECT)),
+            (_right, (descriptors, buffers, barriers, place, out_ptr, C, P, WIDE, STAGES, DIRECT)),
+            (_copy, (descriptors, buffers, barriers, place, out_ptr, C, P, WIDE, STAGES, DIRECT)),
         ],
         [4, 1],
         [240, 24],
@@ -232,23 +245,28 @@ def _attend_kernel(
 
 
 def suits(q_latent: Tensor | None, q_rot: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None) -> bool:
-    """Whether the kernel takes these tensors: 16-bit, latents of 128, 256 or 512 numbers, no mask a head or query."""
+    """Whether the kernel takes these: 16-bit, at most 512 and 128 wide in steps of 8, no mask by head or query."""
     if q_latent is None or latent.dtype not in (torch.bfloat16, torch.float16) or latent.device.type != "cuda":
         return False
     if torch.cuda.get_device_capability(latent.device)[0] != 9:
         return False
-    if latent.shape[-1] not in (128, 256, 512) or q_rot.shape[-1] not in (32, 64, 128):
+    C, P = latent.shape[-1], q_rot.shape[-1]
+    if C > 512 or C % 8 or P > 128 or P % 8:
         return False
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] > 1 or mask.shape[2] > 1):
         return False
     return can_describe(latent) and can_describe(k_rot)
 
 
+def _stages(wide: int, wide_p: int) -> int:
+    """Tiles in flight: what shared memory holds beside the queries and the weights."""
+    return min((226 * 1024 - 2 * 64 * 64) // (2 * 64 * (wide + wide_p)) - 1, 6)
+
+
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    swizzle = min(128, 2 * block[-1])
-    return TensorDescriptor(
-        x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout(swizzle, 16, rank=len(block))
-    )
+    """Blocks of x; what lies outside of it is read as zeros."""
+    layout = gl.NVMMASharedLayout(min(128, 2 * block[-1]), 16, rank=len(block))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
 def stride_of(end: Tensor | None) -> int:
@@ -269,12 +287,14 @@ def attend(
     """
     B, H, S, P = q_rot.shape
     C, R = latent.shape[-1], H // G * S
+    wide, wide_p = max(power_of_2(C), 128), max(power_of_2(P), 16)
     mask_b, mask_l = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
     _attend_kernel[(cdiv(R, 64), N, B * G)](
-        _descriptor(q_latent.view(-1, C), [64, C // 2]), _descriptor(q_rot.view(-1, P), [64, P]),
-        _descriptor(latent.squeeze(1), [1, 64, C // 2]), _descriptor(k_rot.squeeze(1), [1, 64, P]), out, log,
+        _descriptor(q_latent.view(-1, C), [64, wide // 2]), _descriptor(q_rot.view(-1, P), [64, wide_p]),
+        _descriptor(latent.squeeze(1), [1, 64, wide // 2]), _descriptor(k_rot.squeeze(1), [1, 64, wide_p]), out, log,
         out if mask is None else mask.view(torch.uint8), start, end, stride_of(end),
         mask_b, mask_l, R, S, L, N, scaling, softcap, window,
-        G, C, P, mask is not None, causal, window > 0, softcap > 0, log is out,
+        G, C, P, wide, wide_p, _stages(wide, wide_p),
+        mask is not None, causal, window > 0, softcap > 0, log is out,
         num_warps=4, maxnreg=168,
     )  # fmt: skip

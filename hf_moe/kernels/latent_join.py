@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .descriptors import has_copy_engine, processors
 from .tuning import cdiv, power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -15,8 +16,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _join_kernel(
     part_ptr, log_ptr, sink_ptr, out_ptr, H, S, N,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        # Launched while the first pass is ending, this waits for its last store.
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
@@ -43,7 +47,11 @@ def join(part_TNC: Tensor, log_TN: Tensor, sinks_H: Tensor | None, out: Tensor) 
         out: (B, H, S, C), its rows those of `part`.
     """
     (T, N, C), (_, H, S, _) = part_TNC.shape, out.shape
-    # 16 Ki numbers a program, so that many programs share few rows.
-    n = power_of_2(N)
-    block = max(min(power_of_2(C), 128, 16384 // n), 16)
-    _join_kernel[(T, cdiv(C, block))](part_TNC, log_TN, sinks_H, out, H, S, N, C, block, n)
+    # 16 Ki numbers a program at most, and few enough that two programs find work on each multiprocessor.
+    n, block = power_of_2(N), max(power_of_2(C), 32)
+    while block > 32 and (block * n > 16384 or T * cdiv(C, block) < 2 * processors(out.device)):
+        block //= 2
+    early = has_copy_engine(out.device) and out.device.type == "cuda"
+    _join_kernel[(T, cdiv(C, block))](
+        part_TNC, log_TN, sinks_H, out, H, S, N, C, block, n, early, **({"launch_pdl": True} if early else {})
+    )
