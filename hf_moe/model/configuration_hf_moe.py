@@ -21,6 +21,16 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_hf_moe.HfMoeForQuestionAnswering",
 }
 
+# What numbers may be, where they are not None.
+AT_LEAST = {
+    1: "vocab_size hidden_size intermediate_size num_hidden_layers max_position_embeddings num_attention_heads "
+    "num_key_value_heads q_lora_rank kv_lora_rank qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok "
+    "moe_intermediate_size n_group topk_group sliding_window",
+    0: "qk_nope_head_dim n_shared_experts shared_expert_intermediate_size num_nextn_predict_layers initializer_range "
+    "rms_norm_eps latent_norm_eps router_aux_loss_coef router_seq_aux_loss_coef router_z_loss_coef",
+}
+ABOVE_ZERO = "softmax_scale attn_logit_softcapping final_logit_softcapping embedding_multiplier logits_scaling"
+
 
 @strict
 class HfMoeConfig(PreTrainedConfig):
@@ -245,16 +255,7 @@ class HfMoeConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse what cannot be built; called by the strict dataclass after every construction."""
-        positive = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-        positive += " kv_lora_rank qk_rope_head_dim v_head_dim n_routed_experts num_experts_per_tok"
-        positive += " moe_intermediate_size n_group topk_group"
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.qk_nope_head_dim < 0:
-            raise ValueError(f"qk_nope_head_dim={self.qk_nope_head_dim} must be at least 0")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank={self.q_lora_rank} must be at least 1, or None for a full projection")
+        self._validate_numbers()
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotation acts on pairs")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -271,6 +272,19 @@ class HfMoeConfig(PreTrainedConfig):
         self._validate_widths()
         self._validate_rope()
         self._validate_routing()
+
+    def _validate_numbers(self) -> None:
+        for least, names in AT_LEAST.items():
+            for name in names.split():
+                if (value := getattr(self, name)) is not None and value < least:
+                    raise ValueError(f"{name}={value} must be at least {least}")
+        for name in ABOVE_ZERO.split():
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be above 0")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout={self.attention_dropout} must be at least 0 and below 1")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} is no token of vocab_size={self.vocab_size}")
 
     def _validate_layers(self) -> None:
         for name in ("layer_types", "mlp_layer_types"):
@@ -326,6 +340,8 @@ class HfMoeConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters has {sorted(by_layer_type)} but not {sorted(missing)} of layer_types")
         for rope in by_layer_type.values() or [parameters]:
             rope_type, factor = rope.get("rope_type"), rope.get("factor")
+            if rope["rope_theta"] <= 0:
+                raise ValueError(f"rope_theta={rope['rope_theta']} of rope_type={rope_type!r} must be above 0")
             if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
                 raise ValueError(f"rope_type={rope_type!r} is none of {['default', *ROPE_INIT_FUNCTIONS]}")
             if factor is not None and factor < 1:

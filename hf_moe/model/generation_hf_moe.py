@@ -261,6 +261,9 @@ class CapturedGeneration:
                 return False
         if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
             return False
+        # That rope asks the host how long the text has become.
+        if "dynamic" in self.model.rotary_emb.rope_types:
+            return False
         mask = model_kwargs.get("attention_mask")
         return mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)
 

@@ -52,6 +52,11 @@ class HfMoeRotaryEmbedding(nn.Module):
         """Columns of the table that the layers take, one layer behind the other, each twice: for both halves."""
         return torch.tensor([column for pairs in self.config.rope_frequencies for column in (*pairs, *pairs)])
 
+    @property
+    def rope_types(self) -> set[str]:
+        """Transformers' names of the ropes in use."""
+        return set(self.rope_type.values()) if isinstance(self.rope_type, dict) else {self.rope_type}
+
     def of_layers(self, tables: dict[str | None, tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
         """cos and sin (B, S, P) of each layer, from the tables by layer type; picked for all layers at once."""
         keys = [t if t in tables else None for t in self.config.layer_types]

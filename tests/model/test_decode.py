@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_configuration import ROPES
 from tiny import VARIANTS, random_ids, tiny_model
 from transformers import GenerationConfig, StaticCache
 from transformers.generation import GenerationMode
@@ -129,6 +130,17 @@ def test_what_cannot_be_captured_runs_as_it_is(recorder):
     )  # fmt: skip
     assert len(out.hidden_states) == 4
     assert used.captures == 0
+
+
+@pytest.mark.parametrize("rope_type", ROPES)
+def test_every_rope_over_the_length_it_was_trained_for(rope_type, recorder):
+    """`dynamic` asks the host for the length, which no graph can."""
+    model = tiny_model("deepseek_v2", rope_parameters={"rope_type": rope_type, "rope_theta": 1e4, **ROPES[rope_type]})
+    ids = random_ids(2, 60)
+    expected = model.generate(ids, **options(ids))
+    used = recorder(model)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options(ids)), expected)
+    assert used.captures == (rope_type != "dynamic")
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention", "flash_attention_2"])

@@ -1,9 +1,12 @@
 """`generate` in all its forms against recomputing every token from the whole text, without a cache."""
 
+import copy
+
 import pytest
 import torch
 from tiny import random_ids, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
 
 NEW = 8
 
@@ -29,6 +32,24 @@ def test_greedy_with_each_cache(variant, kind):
     device = "cuda" if kind == "offloaded" else "cpu"
     model, ids = tiny_model(variant).to(device), random_ids(2, 17).to(device)
     assert greedy(model, ids, cache_implementation=kind, disable_compile=True).equal(recomputed(model, ids))
+
+
+class LosslessLayer(QuantizedLayer):
+    """A quantised cache whose backend keeps every bit: what Transformers does around it is left."""
+
+    def _quantize(self, tensor, axis):
+        assert tensor.dim() == 4
+        return tensor.shape, tensor.flatten().clone()
+
+    def _dequantize(self, stored):
+        return stored[1].view(stored[0])
+
+
+@torch.no_grad()
+def test_greedy_with_a_quantised_cache(variant):
+    model, ids = tiny_model(variant, layer_types=None, sliding_window=None, rope_parameters=None), random_ids(2, 17)
+    layers = [LosslessLayer(residual_length=3) for _ in range(model.config.num_hidden_layers)]
+    assert greedy(model, ids, past_key_values=Cache(layers=layers)).equal(recomputed(model, ids))
 
 
 @torch.no_grad()
@@ -79,6 +100,25 @@ def test_prefix_is_reused(variant, kind):
     model, ids = tiny_model(variant), random_ids(1, 19)
     cache = DynamicCache(config=model.config) if kind is DynamicCache else StaticCache(model.config, max_cache_len=40)
     model(ids[:, :12], past_key_values=cache)
+    assert greedy(model, ids, past_key_values=cache).equal(recomputed(model, ids))
+
+
+@torch.no_grad()
+def test_one_prefix_begins_several_texts(variant):
+    model, ids = tiny_model(variant), random_ids(1, 12)
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    for seed in (3, 4):
+        text = torch.cat((ids, random_ids(1, 2 + seed, seed)), dim=1)
+        assert greedy(model, text, past_key_values=copy.deepcopy(cache)).equal(recomputed(model, text))
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_in_its_cache(variant):
+    model, ids = tiny_model(variant), random_ids(1, 9)
+    cache = DynamicCache(config=model.config)
+    for turn in (5, 6):
+        ids = torch.cat((greedy(model, ids, past_key_values=cache), random_ids(1, 4, turn)), dim=1)
     assert greedy(model, ids, past_key_values=cache).equal(recomputed(model, ids))
 
 
