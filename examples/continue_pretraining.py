@@ -35,10 +35,10 @@ from hf_moe.upcycling import open_source, upcycle
 
 MIXTURES: dict[str, dict[str, Any]] = {
     "copy": {"mode": "copy", "experts": 4, "top_k": 2},
-    "split": {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 12, "top_k": 3},
+    "split": {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 12, "top_k": 6},
     "drop": {"mode": "drop", "experts": 4, "top_k": 2, "drop_ratio": 0.5},
 }
-RUNS = {"dense": "continued", "copy": "copy, 4 experts, top-2", "split": "1 + 3 of 12 quarters", "drop": "half redrawn"}
+RUNS = {"dense": "continued", "copy": "copy, 4 experts, top-2", "split": "1 + 6 of 12 quarters", "drop": "half redrawn"}
 
 
 class Tokens(Dataset[dict[str, torch.Tensor]]):

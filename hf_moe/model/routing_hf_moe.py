@@ -24,7 +24,8 @@ class HfMoeTopkRouter(nn.Module):
     `e_score_correction_bias` steers the choice only: no gradient, no part in the weights.
 
     With `topk_each_group` every group gives its best K / n_group experts, and weights are normalised inside of each:
-    where a group holds the copies of one piece of an MLP, the pieces add up to the MLP whatever the router says.
+    where a group holds the copies of one piece of an MLP, the pieces add up to the MLP whatever the router says. One
+    expert of each has the weight 1, and the gradient of its score over a constant.
 
     Weights are fp32, or fp64 where experts compute in fp32 on a CPU.
 
@@ -115,7 +116,10 @@ class HfMoeTopkRouter(nn.Module):
         index_TGJ = torch.topk(choice_TGE, self.top_k // self.n_group, dim=-1, sorted=False).indices
         weights_TGJ = scores_TGE.gather(-1, index_TGJ)
         if self.norm_topk_prob:
-            weights_TGJ = weights_TGJ / (weights_TGJ.sum(dim=-1, keepdim=True) + 1e-20)
+            total_TG1 = weights_TGJ.sum(dim=-1, keepdim=True)
+            # One expert of a group has the weight 1 whatever its score: with a gradient of the sum, no router learns.
+            total_TG1 = total_TG1.detach() if weights_TGJ.shape[-1] == 1 else total_TG1
+            weights_TGJ = weights_TGJ / (total_TG1 + 1e-20)
         first_G1 = torch.arange(0, self.num_experts, scores_TGE.shape[-1], device=index_TGJ.device).unsqueeze(-1)
         return weights_TGJ.flatten(1) * self.routed_scaling_factor, (index_TGJ + first_G1).flatten(1)
 

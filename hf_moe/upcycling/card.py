@@ -20,7 +20,7 @@ tags:
 
 # {title}
 
-A latent-attention mixture of experts, made from {sources} by `hf_moe`.
+A latent-attention mixture of experts, made from {sources} by `hf_moe`.{left_out}
 
 | | |
 |---|---|
@@ -69,6 +69,7 @@ def write_card(plan: Plan, source: Source, folder: Path) -> None:
         title=name,
         folder=name,
         sources=" and ".join(map(_described, source.branches)),
+        left_out=_left_out(source),
         parameters=plan.parameters,
         layers=config["num_hidden_layers"],
         sparse=config["mlp_layer_types"].count("sparse"),
@@ -84,6 +85,13 @@ def write_card(plan: Plan, source: Source, folder: Path) -> None:
         license_note=license_note(source),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _left_out(source: Source) -> str:
+    modules = sorted({module for each in source.branches for module in each.left_out})
+    return (
+        f" The language model only: left out are {', '.join(f'`{module}`' for module in modules)}." if modules else ""
+    )
 
 
 _EXCHANGE = """---

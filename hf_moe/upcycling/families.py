@@ -311,9 +311,10 @@ def family_of(config: Config) -> Family:
     """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None and isinstance(config.get("text_config"), dict):
+        inner = config["text_config"].get("model_type")
         raise ValueError(
-            f"{config.get('model_type')!r} is a model of more than text; save its language model by itself "
-            "(model.language_model with the text configuration) and convert that"
+            f"{config.get('model_type')!r} is a model of more than text, and its language model's architecture is "
+            f"{inner!r}; known are {', '.join(sorted(FAMILIES))}"
         )
     if family is None:
         name = config.get("model_type") or (config.get("architectures") or ["without a model_type"])[0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .headers import TensorHeader
 from .quantised import encodings, presented
 from .sources import COPIED_FILES, FolderSource, Source, complete, read_config
+from .wrapped import language_model
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +31,13 @@ class RemoteSource(Source):
             except NotASafetensorsRepoError as error:
                 raise ValueError(f"{location} holds no weights: no safetensors files") from error
         super().__init__(location, path, revision or path.name)
-        raw = read_config(path)
-        self.config = complete(raw)
         stored = {
             name: TensorHeader(tensor.dtype, tuple(tensor.shape), Path(file), *tensor.data_offsets)
             for file, content in metadata.files_metadata.items()
             for name, tensor in content.tensors.items()
         }
+        raw, stored, self.left_out = language_model(read_config(path), stored)
+        self.config = complete(raw)
         self.headers = presented(stored, encodings(raw, stored))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":

@@ -11,8 +11,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .families import family_of
 from .headers import TensorHeader, read_folder
 from .quantised import encodings, presented
+from .wrapped import language_model, text_config
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,7 @@ class Source(ABC):
         revision: commit of the Hub, when it came from there.
         config: the model's configuration, every default filled in.
         headers: tensor name → dtype, shape, size.
+        left_out: modules beside the language model, such as those that look at pictures.
     """
 
     def __init__(self, location: str, path: Path, revision: str | None = None):
@@ -54,6 +57,7 @@ class Source(ABC):
         self.revision = revision
         self.config: dict[str, Any] = {}
         self.headers: dict[str, TensorHeader] = {}
+        self.left_out: list[str] = []
 
     @property
     def title(self) -> str:
@@ -90,8 +94,8 @@ class Source(ABC):
         return model.get("vocab")
 
     @property
-    def quantised(self) -> bool:
-        """Whether Transformers would not load these weights as plain numbers without help."""
+    def foreign(self) -> bool:
+        """Whether Transformers by itself would load something else than the language model in plain numbers."""
         return False
 
     def files(self) -> list[Path]:
@@ -110,17 +114,18 @@ class FolderSource(Source):
     def __init__(self, location: str, path: Path, revision: str | None = None):
         super().__init__(location, path, revision)
         raw = read_config(path)
+        family_of(text_config(raw) or raw)  # before weights are looked for that nobody could convert
+        raw, self._stored, self.left_out = language_model(raw, read_folder(path))
         self.config = complete(raw)
-        self._stored = read_folder(path)
         self._encodings = encodings(raw, self._stored)
         self.headers = presented(self._stored, self._encodings)
         for name in self._unused_biases():
             del self.headers[name]
 
     @property
-    def quantised(self) -> bool:
-        """Whether weights are stored in few bits and read in float32."""
-        return bool(self._encodings)
+    def foreign(self) -> bool:
+        """Whether weights are stored in few bits and read in float32, or stand inside of a larger model."""
+        return bool(self._encodings or self.left_out)
 
     def _unused_biases(self) -> list[str]:
         """Biases that packers gave to modules without one: zero in every layer."""
@@ -247,7 +252,8 @@ def model_config(model: str) -> dict[str, Any]:
         from .hub_source import fetch_config
 
         folder = fetch_config(model)
-    return filled_in(read_config(folder))
+    raw = read_config(folder)
+    return filled_in(text_config(raw) or raw)
 
 
 def hub_folder(source: str) -> Path | None:
@@ -261,8 +267,6 @@ def hub_folder(source: str) -> Path | None:
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
     """A dense configuration as its class fills it in, old spellings of rope included."""
-    from .families import family_of
-
     family_of(raw)  # names the known architectures before Transformers complains about an unknown one
     return filled_in(raw)
 

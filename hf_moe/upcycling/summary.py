@@ -38,6 +38,7 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
             "family": plan.family,
             "parameters": sum(prod(header.shape) for header in source.headers.values()),
             "bytes": source_bytes,
+            "left_out": source.left_out,
             "cache_bytes_per_token": source.config["num_hidden_layers"] * heads * source_item,
         },
         "target": {

@@ -261,8 +261,8 @@ def token_ids(source: Source, folder: Path, text: str | None, tokens: int) -> tu
 
 
 def load_source(source: Source) -> Any:
-    """The dense model in fp32, by Transformers; 8-bit weights as this package dequantises them."""
-    if source.quantised:
+    """The dense model in fp32, by Transformers; what it would load otherwise, from what this package reads."""
+    if source.foreign:
         plain = {key: value for key, value in source.config.items() if key not in ("quantization_config", "dtype")}
         config = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -233,9 +233,3 @@ def test_hub_id_provenance_and_card(tmp_path, monkeypatch):
     card = (back / "README.md").read_text()
     assert "base_model:\n- owner/name\n" in card
     assert "`owner/name` at revision `0123abcd`" in card
-
-
-def test_model_of_more_than_text_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {}}))
-    with pytest.raises(ValueError, match="'gemma3' is a model of more than text; save its language model by itself"):
-        upcycle(tmp_path, tmp_path / "moe", progress=False)
