@@ -68,6 +68,32 @@ def gate_forward(gate, up, alpha, limit, up_offset, ACT: tl.constexpr, CLIP: tl.
 
 
 @triton.jit
+def gate_gradient(gate, up, da, alpha, limit, up_offset, ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr):
+    """(dgate, dup, a) in fp32, from what a gate read and the gradient of what it gave; dup means nothing ungated."""
+    inside = gate == gate
+    if CLIP:
+        inside = gate <= limit
+        gate = tl.minimum(gate, limit)
+    value, slope = act_and_slope(gate, alpha, ACT)
+    dup = da
+    if GATED:
+        up_inside = inside
+        if CLIP:
+            up_inside = (up >= -limit) & (up <= limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit)
+        up += up_offset
+        dup = da * value
+        if CLIP:
+            dup = tl.where(up_inside, dup, 0.0)
+        slope *= up
+        value *= up
+    dgate = da * slope
+    if CLIP:
+        dgate = tl.where(inside, dgate, 0.0)
+    return dgate, dup, value
+
+
+@triton.jit
 def _gating_gradient_kernel(
     h_ptr,
     da_ptr,
@@ -112,28 +138,14 @@ def _gating_gradient_kernel(
         da = tl.load(da_ptr + n64 * F + f, mask=mask, other=0.0).to(tl.float32)
         gate_at = n64 * (fan * F) + step * f
         gate = tl.load(h_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-        inside = gate == gate
-        if CLIP:
-            inside = gate <= limit
-            gate = tl.minimum(gate, limit)
-        value, slope = act_and_slope(gate, alpha, ACT)
+        up = gate
         if GATED:
             up_at = gate_at + (1 if INTERLEAVED else F)
             up = tl.load(h_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
-            if CLIP:
-                up_inside = (up >= -limit) & (up <= limit)
-                up = tl.minimum(tl.maximum(up, -limit), limit)
-            up += up_offset
-            dup = weight * da * value
-            if CLIP:
-                dup = tl.where(up_inside, dup, 0.0)
-            tl.store(dh_ptr + up_at, dup.to(dh_ptr.dtype.element_ty), mask=mask)
-            slope *= up
-            value *= up
-        dgate = weight * da * slope
-        if CLIP:
-            dgate = tl.where(inside, dgate, 0.0)
+        dgate, dup, value = gate_gradient(gate, up, weight * da, alpha, limit, up_offset, ACT, CLIP, GATED)
         tl.store(dh_ptr + gate_at, dgate.to(dh_ptr.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(dh_ptr + up_at, dup.to(dh_ptr.dtype.element_ty), mask=mask)
         if STORE_A:
             tl.store(a_ptr + n64 * F + f, (weight * value).to(a_ptr.dtype.element_ty), mask=mask)
         dweight += tl.sum(da * value, 1)

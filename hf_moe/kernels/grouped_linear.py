@@ -1,7 +1,10 @@
 """Multiply each sorted row by the matrix of the expert that owns it: the down-projection and both gradients of inputs.
 
-Letters: N routed rows, I input columns, O output columns, E experts, G groups of output columns (gate and up: 2).
+Letters: N routed rows, I input columns, O output columns, E experts, R rank of an adapter, G groups of output columns
+(gate and up: 2).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,7 +13,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .routing import Routing
-from .tuning import Tile, cdiv
+from .tuning import Tile, cdiv, power_of_2
 
 
 @triton.jit
@@ -84,10 +87,70 @@ def dot_rows(
 
 
 @triton.jit
+def low_rank_step(
+    total,
+    z_ptr,
+    b_ptr,
+    expert,
+    first,
+    last,
+    out,
+    out_mask,
+    R,
+    b_stride_e,
+    b_stride_o,
+    b_stride_r,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total + z[first : first + BM] @ b[expert, out].T: an adapter as one more step of the same sum."""
+    rows = first + tl.arange(0, BM)
+    z_rows = z_ptr + rows.to(tl.int64)[:, None] * R
+    b_columns = b_ptr + expert.to(tl.int64) * b_stride_e + out[None, :] * b_stride_o
+    DEPTH: tl.constexpr = 64 if BR > 64 else BR
+    for at in tl.static_range(0, BR, DEPTH):
+        rank = at + tl.arange(0, DEPTH)
+        z = tl.load(z_rows + rank[None, :], mask=(rows[:, None] < last) & (rank[None, :] < R), other=0.0)
+        b = tl.load(b_columns + rank[:, None] * b_stride_r, mask=(rank[:, None] < R) & out_mask[None, :], other=0.0)
+        total = tl.dot(z, b, total, input_precision=PRECISION)
+    return total
+
+
+class Adapter(NamedTuple):
+    """A low-rank term of a grouped linear, y[n] += b[e] @ z[n]. z is usually a[e] @ x[row].
+
+    z_NR: x's dtype, contiguous.
+    b_EOR: x's dtype, any strides.
+    """
+
+    z_NR: torch.Tensor
+    b_EOR: torch.Tensor
+
+    @property
+    def block(self) -> int:
+        """The rank as a block's depth."""
+        return max(16, power_of_2(self.z_NR.shape[1]))
+
+
+def adapter_arguments(adapter: Adapter | None) -> tuple:
+    """z, b, R and the strides of b, as the kernels take them."""
+    if adapter is None:
+        return None, None, 0, 0, 0, 0
+    return adapter.z_NR, adapter.b_EOR, adapter.z_NR.shape[1], *adapter.b_EOR.stride()
+
+
+@triton.jit
 def _grouped_linear_kernel(
     x,
     w,
     bias_ptr,
+    z_ptr,
+    b_ptr,
+    R,
+    b_stride_e,
+    b_stride_o,
+    b_stride_r,
     y,
     y_ptr,
     row_ptr,
@@ -109,6 +172,7 @@ def _grouped_linear_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    BR: tl.constexpr,
     EVEN_K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -149,6 +213,24 @@ def _grouped_linear_kernel(
             PRECISION,
         )
         out = column + tl.arange(0, BN)
+        if BR:
+            total = low_rank_step(
+                total,
+                z_ptr,
+                b_ptr,
+                expert,
+                first,
+                last,
+                out,
+                out < N_OUT,
+                R,
+                b_stride_e,
+                b_stride_o,
+                b_stride_r,
+                BM,
+                BR,
+                PRECISION,
+            )
         if HAS_BIAS:
             bias = tl.load(bias_ptr + expert.to(tl.int64) * N_OUT + out, mask=out < N_OUT, other=0.0)
             total += bias.to(tl.float32)[None, :]
@@ -172,22 +254,24 @@ def grouped_linear(
     tile: Tile,
     *,
     bias_EO: torch.Tensor | None = None,
+    adapter: Adapter | None = None,
     per_token: int | None = None,
     zero_unowned: bool = False,
 ) -> torch.Tensor:
     """Multiply each sorted row by the matrix of the expert that owns it.
 
-        y[n] = weight[e] @ x[row] + bias[e]     row = n, or routing.row[n] // per_token when that is given
+        y[n] = weight[e] @ x[row] + b[e] @ z[n] + bias[e]     row = n, or routing.row[n] // per_token when that is given
 
     Args:
         x: (N, I) rows sorted by expert or, with per_token, (T, I) tokens; fp32, bf16 or fp16, contiguous in I.
         weight_EOI: x's dtype, any strides (a transposed view costs nothing).
         routing: from `route`, with tiles of tile.m rows.
         bias_EO: contiguous.
+        adapter: z and b, for a term of low rank in the same sum.
         zero_unowned: write zeros for rows of no expert; otherwise they stay unwritten.
     Returns:
         y_NO in x's dtype, accumulated in fp32.
-    Cost: 2·N·I·O FLOPs, one launch, no host synchronisation.
+    Cost: 2·N·O·(I + R) FLOPs, one launch, no host synchronisation.
     Source: dropless grouped computation, arXiv:2211.15841; gather fused as in arXiv:2403.08245.
     """
     _, n_out, n_in = weight_EOI.shape
@@ -202,6 +286,7 @@ def grouped_linear(
         row_descriptor(x, tile.m, tile.k) if x_tma else x,
         weight_descriptor(weight_EOI, 1, tile.n, tile.k) if w_tma else weight_EOI,
         bias_EO,
+        *adapter_arguments(adapter),
         create_ragged_descriptor(y_NO, [tile.m, tile.n // 2]) if y_tma else None,
         y_NO,
         routing.row_N,
@@ -221,6 +306,7 @@ def grouped_linear(
         BM=tile.m,
         BN=tile.n,
         BK=tile.k,
+        BR=adapter.block if adapter else 0,
         EVEN_K=n_in % tile.k == 0,
         GROUP=tile.group,
         FLATTEN=tile.flatten,

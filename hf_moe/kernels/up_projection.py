@@ -1,6 +1,7 @@
 """The first projection of every expert: rows gathered from the tokens, the gate applied before anything is stored.
 
-Letters: T tokens, K experts a token, N = T·K routed rows, D hidden, F expert width, H = 2F (gated) or F, E experts.
+Letters: T tokens, K experts a token, N = T·K routed rows, D hidden, F expert width, H = 2F (gated) or F, E experts,
+R rank of an adapter.
 """
 
 import torch
@@ -10,7 +11,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .gating import Gating, act_and_slope, gate_forward
-from .grouped_linear import dot_rows, tile_of
+from .grouped_linear import Adapter, adapter_arguments, dot_rows, low_rank_step, tile_of
 from .routing import Routing
 from .tuning import Tile, cdiv
 
@@ -20,6 +21,12 @@ def _up_projection_kernel(
     x,
     w,
     bias_ptr,
+    z_ptr,
+    b_ptr,
+    R,
+    b_stride_e,
+    b_stride_o,
+    b_stride_r,
     h_desc,
     a_desc,
     h_ptr,
@@ -52,6 +59,7 @@ def _up_projection_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    BR: tl.constexpr,
     EVEN_K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -95,10 +103,28 @@ def _up_projection_kernel(
             EVEN_K,
             PRECISION,
         )
+        out_in_group = column * (BN // G) + tl.arange(0, BN) % (BN // G)
+        out = (tl.arange(0, BN) // (BN // G)) * group_out + out_in_group
+        if BR:
+            total = low_rank_step(
+                total,
+                z_ptr,
+                b_ptr,
+                expert,
+                first,
+                last,
+                out,
+                out_in_group < group_out,
+                R,
+                b_stride_e,
+                b_stride_o,
+                b_stride_r,
+                BM,
+                BR,
+                PRECISION,
+            )
         if HAS_BIAS:
-            out = tl.arange(0, BN)
-            out_in_group = column * (BN // G) + out % (BN // G)
-            bias_at = expert.to(tl.int64) * (F * FAN) + (out // (BN // G)) * group_out + out_in_group
+            bias_at = expert.to(tl.int64) * (F * FAN) + out
             total += tl.load(bias_ptr + bias_at, mask=out_in_group < group_out, other=0.0).to(tl.float32)[None, :]
         # Rounded first: half the registers, and the backward's gate sees the same h.
         h = total.to(h_ptr.dtype.element_ty)
@@ -149,12 +175,13 @@ def up_projection(
     *,
     per_token: int | None = None,
     bias_EH: torch.Tensor | None = None,
+    adapter: Adapter | None = None,
     store_h: bool,
     store_a: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The first projection and its gate, for every routed row.
 
-        h[n] = weight[e] @ x[row] + bias[e]        a[n] = gate(h[n])
+        h[n] = weight[e] @ x[row] + b[e] @ z[n] + bias[e]        a[n] = gate(h[n])
 
     with row = n, or routing.row[n] // per_token when that is given.
 
@@ -162,11 +189,12 @@ def up_projection(
         x: (N, D) rows sorted by expert or, with per_token, (T, D) tokens; fp32, bf16 or fp16, contiguous in D.
         weight_EHD: x's dtype, any strides.
         gating: see `Gating`; it also names the order of weight's rows.
+        adapter: z and b, for a term of low rank in the same sum.
         store_h, store_a: which of the two to write.
     Returns:
         (h_NH or None, a_NF or None). The gate reads h as it is stored, rounded to x's dtype. Rows of no expert stay
         unwritten.
-    Cost: 2·N·D·H FLOPs; not storing h saves 2·N·H bytes.
+    Cost: 2·N·H·(D + R) FLOPs; not storing h saves 2·N·H bytes.
     """
     _, n_h, n_in = weight_EHD.shape
     F, N = n_h // gating.fan, routing.row_N.numel()
@@ -189,6 +217,7 @@ def up_projection(
         row_descriptor(x, tile.m, tile.k) if x_tma else x,
         weight_descriptor(weight_EHD, groups, tile.n, tile.k) if w_tma else weight_EHD,
         bias_EH,
+        *adapter_arguments(adapter),
         h_desc,
         a_desc,
         h_NH if store_h else a_NF,
@@ -219,6 +248,7 @@ def up_projection(
         BM=tile.m,
         BN=tile.n,
         BK=tile.k,
+        BR=adapter.block if adapter else 0,
         EVEN_K=n_in % tile.k == 0,
         GROUP=tile.group,
         FLATTEN=tile.flatten,
