@@ -98,11 +98,11 @@ def _composed(module, x_TD, index_TK, weight_TK, weights, biases, adapters) -> T
         if biases[side] is not None:
             y_NO = y_NO + biases[side][expert_N.clamp(max=E - 1)]
         for adapter in adapters[side]:
-            # torch's kernels want rows of 16 bytes.
+            # torch's kernels want rows of 16 bytes, next to each other: peft keeps b with the experts innermost.
             missing = -adapter.a_ERI.shape[1] % 8
             a = nn.functional.pad(adapter.a_ERI.to(x_NI.dtype), (0, 0, 0, missing))
             b = nn.functional.pad((adapter.b_EOR * adapter.scaling).to(x_NI.dtype), (0, missing))
-            y_NO = y_NO + product(product(adapter.dropout(x_NI), a), b)
+            y_NO = y_NO + product(product(adapter.dropout(x_NI), a), b.contiguous())
         return y_NO
 
     h_NH = projection(x_TD[row_N // K], 0)

@@ -7,10 +7,11 @@ peft itself forms W + scaling · B @ A for every expert in every step, and the g
 
 import copy
 import re
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
 
@@ -118,6 +119,27 @@ def use_grouped_lora(model: Model) -> Model:
     return model
 
 
+def load_lora(model: nn.Module, folder: str | Path, **options: Any) -> PeftModel:
+    """A saved adapter on the model that it was made for, experts in the grouped computation.
+
+    `PeftModel.from_pretrained` and `use_grouped_lora`, and it also takes adapters that were trained with dropout on
+    experts, which peft's own wrapper refuses.
+
+    Args:
+        model: as it was before `get_peft_model`.
+        folder: what `save_pretrained` wrote, ours or peft's; or a Hub id.
+        options: of `PeftModel.from_pretrained` (is_trainable, adapter_name, revision, …).
+    """
+    config = PeftConfig.from_pretrained(folder)
+    _take_over(config, model)
+    return PeftModel.from_pretrained(model, folder, config=config, **options)
+
+
+def _take_over(config: LoraConfig, model: nn.Module) -> None:
+    """Let our wrapper adapt the parameters of experts."""
+    config._register_custom_module({type(module): ParamWrapper for module in model.modules() if is_experts(module)})
+
+
 def lora_config(preset: str, *, model: nn.Module, **options: Any) -> LoraConfig:
     """A LoraConfig of peft for what a name says, found in the model; `get_peft_model(model, …)` then trains it.
 
@@ -132,7 +154,7 @@ def lora_config(preset: str, *, model: nn.Module, **options: Any) -> LoraConfig:
     """
     if preset not in PRESETS:
         raise ValueError(f"there is no LoRA preset {preset!r}: the {len(PRESETS)} presets are {', '.join(PRESETS)}")
-    attention, other, expert_types, parameters = set(), set(), set(), set()
+    attention, other, parameters = set(), set(), set()
     for name, module in model.named_modules():
         where = re.split(r"\.\d+\.", f".{name}")[-1]
         if isinstance(module, nn.Linear) and where != f".{name}":
@@ -141,7 +163,6 @@ def lora_config(preset: str, *, model: nn.Module, **options: Any) -> LoraConfig:
             elif not re.search(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)", where):
                 other.add(where)
         elif is_experts(module):
-            expert_types.add(type(module))
             parameters |= {f"{where}.{key}" for key in ("gate_up_proj", "up_proj", "down_proj") if hasattr(module, key)}
     wanted = {
         "attention": [("linear layers below a module named *attn* or *attention*", attention)],
@@ -164,5 +185,5 @@ def lora_config(preset: str, *, model: nn.Module, **options: Any) -> LoraConfig:
         **options,
     )
     if preset != "attention":
-        config._register_custom_module(dict.fromkeys(expert_types, ParamWrapper))
+        _take_over(config, model)
     return config

@@ -27,6 +27,17 @@ def test_finetune_trainer(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "experts" / "load.png").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [(), ("--preset", "all", "--dropout", "0.1", "--checkpointing")], ids=["plain", "all"]
+)
+def test_finetune_lora(tmp_path, monkeypatch, capsys, words):
+    run("finetune_lora.py", monkeypatch, "--tiny", "--merge", "--output", tmp_path, *words)
+    first, last = (float(word) for word in capsys.readouterr().out.split("\nloss ")[1].split(",")[0].split(" → "))
+    assert last < 0.8 * first
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl and datasets")
 def test_finetune_trl(tmp_path, monkeypatch, capsys):
     run("finetune_trl.py", monkeypatch, "--tiny", "--output", tmp_path)
