@@ -59,7 +59,6 @@ def _spread_low_rank_kernel(
     token = tl.load(row_ptr + n, mask=owned, other=0) // K
     r = tl.arange(0, BR)
     x_rows = x_ptr + token.to(tl.int64)[:, None] * x_stride
-    y_rows = y_ptr + n.to(tl.int64)[:, None] * D
     a_rows = a_ptr + expert * a_stride_e + r[None, :] * a_stride_r
     z = tl.zeros((BM, BR), tl.float32)
     # Programs behind the last tile have nothing to do.
@@ -69,7 +68,7 @@ def _spread_low_rank_kernel(
         x = tl.load(x_rows + d[None, :], mask=mask, other=0.0)
         a = tl.load(a_rows + d[:, None] * a_stride_d, mask=(d[:, None] < D) & (r[None, :] < R), other=0.0)
         if STORE:
-            tl.store(y_rows + d[None, :], x, mask=mask)
+            tl.store(y_ptr + n.to(tl.int64)[:, None] * D + d[None, :], x, mask=mask)
         z = tl.dot(x, a, z, input_precision=PRECISION)
     z_ptrs = z_ptr + n.to(tl.int64)[:, None] * R + r[None, :]
     tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=owned[:, None] & (r[None, :] < R))
