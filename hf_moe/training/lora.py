@@ -30,10 +30,12 @@ class ParamWrapper(peft_layer.ParamWrapper):
     merging, several adapters, rank patterns. Its name is too, because peft knows a wrapper by it. Dropout, which peft
     refuses, acts on the input of A, one draw for each routed row.
 
-    Where the model's experts are not "hf_moe_triton" or are themselves trained, peft's own forward runs.
+    Where the model's experts are not "hf_moe_triton" or are themselves trained, peft's own forward runs. Experts that
+    are split over processes are refused: the adapters would be whole on each of them.
     """
 
     def __init__(self, base_layer, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs) -> None:
+        _refuse_split(base_layer)
         # Its own check comes before `update_layer`.
         super().__init__(base_layer, adapter_name, parameter_name, config=_without_dropout(config), **kwargs)
         self._set_dropout(adapter_name, config)
@@ -85,6 +87,16 @@ def _without_dropout(config: LoraConfig) -> LoraConfig:
     return config
 
 
+def _refuse_split(module: Any) -> None:
+    while isinstance(module, peft_layer.ParamWrapper):
+        module = module.base_layer
+    if getattr(module, "_is_expert_parallel", False):
+        raise ValueError(
+            f"LoRA on experts does not work under expert parallelism, and a process has {module.num_experts} of the "
+            "experts here: load the model with ep_size=1, or take the preset 'attention'"
+        )
+
+
 def _implementation(module: Any) -> str | None:
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
@@ -105,7 +117,7 @@ def use_grouped_lora(model: Model) -> Model:
     target_parameters. Parameters, names and files stay as they are.
 
     Raises:
-        ValueError: the model has no adapter on an experts module.
+        ValueError: the model has no adapter on an experts module, or its experts are split over processes.
     """
     wrappers = [
         module
@@ -115,6 +127,7 @@ def use_grouped_lora(model: Model) -> Model:
     if not wrappers:
         raise ValueError(f"{type(model).__name__} has no LoRA on experts: 0 modules with adapted expert parameters")
     for module in wrappers:
+        _refuse_split(module)
         module.__class__ = ParamWrapper
     return model
 

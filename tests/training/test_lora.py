@@ -217,6 +217,20 @@ def test_one_graph():
     torch.testing.assert_close(compiled(x, index, weight), layer(x, index, weight))
 
 
+def test_experts_that_are_split_over_processes_are_refused():
+    def split(model):
+        for layer in model.model.layers:
+            layer.mlp.experts._is_expert_parallel, layer.mlp.experts.num_experts = True, 2
+        return model
+
+    model = split(base())
+    with pytest.raises(ValueError, match="expert parallelism, and a process has 2 of the experts"):
+        get_peft_model(model, lora_config("experts", model=model))
+    plain = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    with pytest.raises(ValueError, match="expert parallelism"):
+        use_grouped_lora(get_peft_model(split(base()), plain))
+
+
 def test_presets():
     model = base("hf_moe")
     found = lora_config("all", model=model, r=2)
