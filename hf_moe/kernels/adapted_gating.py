@@ -1,6 +1,6 @@
-"""Everything of an adapted layer's backward that reads h, in one pass over it.
+"""The gate's gradient, and both adapters' products with what it just wrote.
 
-    da[n] = da0[n] + down_a[e].T @ dz[n]        dh[n] = w[n] · da[n] · ∂a/∂h[n]        dw[n] = ⟨da[n], a[n]⟩
+    dh[n] = w[n] · da[n] · ∂a/∂h[n]             dw[n] = ⟨da[n], a[n]⟩
     up_dz[n] = up_b[e].T @ dh[n]                aa[n] = down_a[e] @ (w[n] · a[n])
     dup_b[e] = Σ dh[n] ⊗ z[n]                   ddown_a[e] = Σ dz[n] ⊗ w[n] · a[n]
 
@@ -32,6 +32,37 @@ def _chunk(offset_ptr, chunk, E, BINS: tl.constexpr, ROWS: tl.constexpr):
     first = tl.sum(tl.where(mine, begin + (chunk - before) * ROWS, 0), 0)
     last = tl.minimum(tl.sum(tl.where(mine, end, 0), 0), first + ROWS)
     return tl.sum(tl.where(mine, bins, 0), 0), first, last
+
+
+@triton.jit
+def _narrow_products(
+    rows_ptr,
+    WIDTH,
+    factor_ptrs,
+    factor_stride,
+    narrow,
+    part_ptrs,
+    R,
+    first,
+    last,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """rows @ factor, and rows.T @ narrow into parts, while the rows of one chunk pass once."""
+    n = first + tl.arange(0, BM)
+    row_ptrs = rows_ptr + n.to(tl.int64)[:, None] * WIDTH
+    r = tl.arange(0, BR)[None, :]
+    product = tl.zeros((BM, BR), tl.float32)
+    for at in range(0, WIDTH, BC):
+        c = at + tl.arange(0, BC)
+        mask = (c[:, None] < WIDTH) & (r < R)
+        rows = tl.load(row_ptrs + c[None, :], mask=(n[:, None] < last) & (c[None, :] < WIDTH), other=0.0)
+        factor = tl.load(factor_ptrs + c[:, None] * factor_stride, mask=mask, other=0.0)
+        product = tl.dot(rows, factor, product, input_precision=PRECISION)
+        tl.store(part_ptrs + c[:, None] * R + r, tl.dot(rows.T, narrow, input_precision=PRECISION), mask=mask)
+    return product
 
 
 @triton.jit
@@ -77,9 +108,11 @@ def _adapted_gating_kernel(
     DOWN: tl.constexpr,
     BINS: tl.constexpr,
     BM: tl.constexpr,
-    BF: tl.constexpr,
+    BC: tl.constexpr,
     BR: tl.constexpr,
     BS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -90,70 +123,60 @@ def _adapted_gating_kernel(
     FAN: tl.constexpr = 2 if GATED else 1
     STEP: tl.constexpr = 2 if INTERLEAVED else 1
     expert = expert.to(tl.int64)
-    n = first + tl.arange(0, BM)
-    owned = n < last
-    n64 = n.to(tl.int64)[:, None]
-    route = tl.load(row_ptr + n, mask=owned, other=0)
-    weight = tl.load(weight_ptr + route, mask=owned, other=0.0).to(tl.float32)[:, None]
+    chunk = chunk.to(tl.int64)
     dtype = dh_ptr.dtype.element_ty
-    r = tl.arange(0, BR)[None, :]
-    s = tl.arange(0, BS)[None, :]
-    if UP:
-        z = tl.load(z_ptr + n64 * R + r, mask=owned[:, None] & (r < R), other=0.0)
-        up_dz = tl.zeros((BM, BR), tl.float32)
-    if DOWN:
-        dz = tl.load(dz_ptr + n64 * S + s, mask=owned[:, None] & (s < S), other=0.0)
-        aa = tl.zeros((BM, BS), tl.float32)
-    dweight = tl.zeros((BM,), tl.float32)
-    for at in range(0, F, BF):
-        f = at + tl.arange(0, BF)
-        mask = owned[:, None] & (f[None, :] < F)
-        da = tl.load(da_ptr + n64 * F + f[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate_at = n64 * (FAN * F) + STEP * f[None, :]
-        gate = tl.load(h_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-        up_at = gate_at + (1 if INTERLEAVED else F)
-        up = tl.load(h_ptr + up_at, mask=mask, other=0.0).to(tl.float32) if GATED else gate
-        if DOWN:
-            f_mask = (f[:, None] < F) & (s < S)
-            a_ptrs = down_a_ptr + expert * down_a_stride_e + f[:, None] * down_a_stride_f + s * down_a_stride_r
-            down_a = tl.load(a_ptrs, mask=f_mask, other=0.0)
-            da = tl.dot(dz, down_a.T, da, input_precision=PRECISION)
-        dgate, dup, a = gate_gradient(gate, up, da * weight, alpha, limit, up_offset, ACT, CLIP, GATED)
-        dweight += tl.sum(da * a, 1)
-        dgate = dgate.to(dtype)
-        tl.store(dh_ptr + gate_at, dgate, mask=mask)
-        if GATED:
-            dup = dup.to(dtype)
-            tl.store(dh_ptr + up_at, dup, mask=mask)
-        if UP:
-            o = STEP * f[:, None]
-            o_mask = (f[:, None] < F) & (r < R)
-            b_ptrs = up_b_ptr + expert * up_b_stride_e + o * up_b_stride_o + r * up_b_stride_r
-            part_ptrs = part_b_ptr + chunk.to(tl.int64) * (FAN * F * R) + o * R + r
-            up_dz = tl.dot(dgate, tl.load(b_ptrs, mask=o_mask, other=0.0), up_dz, input_precision=PRECISION)
-            tl.store(part_ptrs, tl.dot(dgate.T, z, input_precision=PRECISION), mask=o_mask)
+    for at in range(first, last, BLOCK_N):
+        n = at + tl.arange(0, BLOCK_N)
+        owned = n < last
+        n64 = n.to(tl.int64)[:, None]
+        route = tl.load(row_ptr + n, mask=owned, other=0)
+        weight = tl.load(weight_ptr + route, mask=owned, other=0.0).to(tl.float32)[:, None]
+        dweight = tl.zeros((BLOCK_N,), tl.float32)
+        for begin in range(0, F, BLOCK_F):
+            f = begin + tl.arange(0, BLOCK_F)[None, :]
+            mask = owned[:, None] & (f < F)
+            da = tl.load(da_ptr + n64 * F + f, mask=mask, other=0.0).to(tl.float32)
+            gate_at = n64 * (FAN * F) + STEP * f
+            up_at = gate_at + (1 if INTERLEAVED else F)
+            gate = tl.load(h_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(h_ptr + up_at, mask=mask, other=0.0).to(tl.float32) if GATED else gate
+            dgate, dup, a = gate_gradient(gate, up, weight * da, alpha, limit, up_offset, ACT, CLIP, GATED)
+            tl.store(dh_ptr + gate_at, dgate.to(dtype), mask=mask)
             if GATED:
-                NEXT = 1 if INTERLEAVED else F
-                b = tl.load(b_ptrs + NEXT * up_b_stride_o, mask=o_mask, other=0.0)
-                up_dz = tl.dot(dup, b, up_dz, input_precision=PRECISION)
-                tl.store(part_ptrs + NEXT * R, tl.dot(dup.T, z, input_precision=PRECISION), mask=o_mask)
-        if DOWN:
-            wa = (a * weight).to(dtype)
-            aa = tl.dot(wa, down_a, aa, input_precision=PRECISION)
-            part_ptrs = part_a_ptr + chunk.to(tl.int64) * (F * S) + f[:, None] * S + s
-            tl.store(part_ptrs, tl.dot(wa.T, dz, input_precision=PRECISION), mask=f_mask)
+                tl.store(dh_ptr + up_at, dup.to(dtype), mask=mask)
+            if DOWN:
+                tl.store(da_ptr + n64 * F + f, (weight * a).to(dtype), mask=mask)
+            dweight += tl.sum(da * a, 1)
+        if HAS_BIAS:
+            for begin in range(0, D, BLOCK_D):
+                d = begin + tl.arange(0, BLOCK_D)
+                dout_ptrs = dout_ptr + (route // K).to(tl.int64)[:, None] * D + d[None, :]
+                dout = tl.load(dout_ptrs, mask=owned[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+                bias = tl.load(bias_ptr + expert * D + d, mask=d < D, other=0.0).to(tl.float32)
+                dweight += tl.sum(dout * bias[None, :], 1)
+        tl.store(dweight_ptr + route, dweight.to(dweight_ptr.dtype.element_ty), mask=owned)
+    # The rows that this program wrote are still in L2.
+    tl.debug_barrier()
+    n = first + tl.arange(0, BM)
+    n64 = n.to(tl.int64)[:, None]
     if UP:
-        tl.store(up_dz_ptr + n64 * R + r, up_dz.to(dtype), mask=owned[:, None] & (r < R))
+        r = tl.arange(0, BR)[None, :]
+        mask = (n[:, None] < last) & (r < R)
+        z = tl.load(z_ptr + n64 * R + r, mask=mask, other=0.0)
+        b_ptrs = up_b_ptr + expert * up_b_stride_e + r * up_b_stride_r
+        part_ptrs = part_b_ptr + chunk * (FAN * F * R)
+        up_dz = _narrow_products(
+            dh_ptr, FAN * F, b_ptrs, up_b_stride_o, z, part_ptrs, R, first, last, BM, BC, BR, PRECISION
+        )
+        tl.store(up_dz_ptr + n64 * R + r, up_dz.to(dtype), mask=mask)
     if DOWN:
-        tl.store(aa_ptr + n64 * S + s, aa.to(dtype), mask=owned[:, None] & (s < S))
-    if HAS_BIAS:
-        for at in range(0, D, BLOCK_D):
-            d = at + tl.arange(0, BLOCK_D)
-            dout_ptrs = dout_ptr + (route // K).to(tl.int64)[:, None] * D + d[None, :]
-            dout = tl.load(dout_ptrs, mask=owned[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
-            bias = tl.load(bias_ptr + expert * D + d, mask=d < D, other=0.0).to(tl.float32)
-            dweight += tl.sum(dout * bias[None, :], 1)
-    tl.store(dweight_ptr + route, dweight.to(dweight_ptr.dtype.element_ty), mask=owned)
+        s = tl.arange(0, BS)[None, :]
+        mask = (n[:, None] < last) & (s < S)
+        dz = tl.load(dz_ptr + n64 * S + s, mask=mask, other=0.0)
+        a_ptrs = down_a_ptr + expert * down_a_stride_e + s * down_a_stride_r
+        part_ptrs = part_a_ptr + chunk * (F * S)
+        aa = _narrow_products(da_ptr, F, a_ptrs, down_a_stride_f, dz, part_ptrs, S, first, last, BM, BC, BS, PRECISION)
+        tl.store(aa_ptr + n64 * S + s, aa.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -211,24 +234,26 @@ def adapted_gating_gradient(
     dout_TD: torch.Tensor,
     bias_ED: torch.Tensor | None,
 ) -> AdaptedGatingGradient:
-    """`gating_gradient` with the narrow products of both adapters' backward in the same pass: see above.
+    """`gating_gradient`, then the narrow products of both adapters' backward while its results are in L2: see above.
 
     Args:
         h_NH, weight_TK, gating, dout_TD, bias_ED: as for `gating_gradient`.
-        da_NF: down.T @ dout for each row, without the routing weight and without the adapter.
-        tile: m rows of one expert and n columns of F at a time.
+        da_NF: the gradient of a for each row, without the routing weight. It is overwritten.
+        tile: m rows of one expert a program, n columns at a time.
         up: (z_NR, up_b_EHR), the first projection's adapter. down: (dz_NS, down_a_ESF), the second one's, with
             dz = down_b.T @ dout. Any strides for the factors; at least one of the two is given.
     Returns:
         dh, dw and of each adapter what its remaining gradients are made of: see above. dw is exactly zero for a route
         of no expert. Sums over rows are kept in fp32, a part for each tile.m rows, then summed in their order.
-    Cost: reads h and da, writes dh: 10·N·F bytes in bf16 when gated, and 8·(H·R + F·S) for each tile.m rows of parts.
-        For small ranks: the parts grow with it, where separate products cost 16·N·F bytes at any rank.
+    Cost: `gating_gradient`'s bytes, and 8·(H·R + F·S) for each tile.m rows of parts. For small ranks: the parts grow
+        with it, where separate products read 12·N·F bytes more at any rank.
     """
     N, F = da_NF.shape
     E, K = routing.offset_E1.numel() - 1, weight_TK.shape[1]
     R, S = up[0].shape[1] if up else 0, down[0].shape[1] if down else 0
     chunks = min(cdiv(N, tile.m) + E, N)
+    block_f = min(max(power_of_2(F), 16), 256)
+    block_n = min(tile.m, max(1, 32 * 32 * tile.warps // block_f))
     dh_NH = torch.empty_like(h_NH)
     # Routes of no expert are in no chunk.
     dweight_TK = torch.zeros_like(weight_TK, memory_format=torch.contiguous_format)
@@ -275,9 +300,11 @@ def adapted_gating_gradient(
         DOWN=down is not None,
         BINS=power_of_2(E),
         BM=tile.m,
-        BF=tile.n,
+        BC=tile.n,
         BR=max(16, power_of_2(R)),
         BS=max(16, power_of_2(S)),
+        BLOCK_N=block_n,
+        BLOCK_F=block_f,
         BLOCK_D=64,
         PRECISION=dot_precision(h_NH.dtype),
         num_warps=tile.warps,

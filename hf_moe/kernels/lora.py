@@ -30,13 +30,6 @@ def _narrow(rank: int, tile_rows: int, x: Tensor) -> Tile:
     return Tile(tile_rows, max(16, power_of_2(rank)), 64 if x.is_cuda and x.dtype != torch.float32 else 32, 4, 3)
 
 
-def _adapted(tile: Tile, adapter: Adapter | None) -> Tile:
-    """The layer's tile with room for an adapter's blocks beside its own, which one pipeline loads ahead as well."""
-    if adapter is None:
-        return tile
-    return tile._replace(stages=min(tile.stages, 3), flatten=tile.flatten and adapter.block <= 64)
-
-
 def _passing(rank: int, x: Tensor) -> Tile:
     """Rows and columns that `spread_low_rank` moves at a time."""
     if not x.is_cuda:
@@ -55,10 +48,9 @@ def _low_rank_gradient(wide: Tensor, narrow_NR: Tensor, routing: Routing, per_to
     return weight_gradient(wide, narrow_NR, routing, tile._replace(group=0), left_per_token=per_token)
 
 
-def _gating_tile(rank: int, h: Tensor) -> Tile:
-    if not h.is_cuda:
-        return Tile(16, 16, 0, 4, 2)
-    return Tile(128 if rank <= 16 else 64, 32, 0, 8 if rank <= 16 else 4, 2)
+def _gating_tile(h: Tensor) -> Tile:
+    """Rows of a program of `adapted_gating_gradient`, and columns of its narrow products."""
+    return Tile(128, 64 if h.dtype != torch.float32 else 32, 0, 8, 3) if h.is_cuda else Tile(16, 16, 0, 4, 2)
 
 
 _GATING = "str act, float alpha, float? limit, float up_offset, bool gated, bool interleaved"
@@ -97,7 +89,7 @@ def _forward(
         up,
         routing,
         gating,
-        _adapted(plan.up_rows, up_adapter),
+        plan.up_rows,
         bias_EH=up_bias,
         adapter=up_adapter,
         store_h=True,
@@ -106,7 +98,7 @@ def _forward(
     assert a is not None
     del x_rows
     down_adapter = None if down_a is None else Adapter(_low_rank(a, down_a, routing), down_b)
-    y = grouped_linear(a, down, routing, _adapted(plan.down, down_adapter), bias_EO=down_bias, adapter=down_adapter)
+    y = grouped_linear(a, down, routing, plan.down, bias_EO=down_bias, adapter=down_adapter)
     return combine(y, weight, routing, K), h, x.new_empty(0) if z is None else z, *routing[:4]
 
 
@@ -140,26 +132,19 @@ def _backward(
     plan = Plan.of(x.device, x.dtype, T * K // E)
     routing = Routing(row, position, offset, tile, plan.up.m)
     # The gradient of each input is a linear with an adapter of its own: both factors swapped and turned.
-    if down_b is None:
-        dout_rows, dz = spread(dout, routing, K), None
-    else:
-        dout_rows, dz = spread_low_rank(dout, down_b.transpose(1, 2), routing, K, _passing(down_b.shape[2], x))
+    dz = down_adapter = None
+    if down_b is not None:
+        # Read from the tokens as dout is below: a copy of the rows would cost more than it saves.
+        _, dz = spread_low_rank(dout, down_b.transpose(1, 2), routing, K, _passing(down_b.shape[2], x), store=False)
+        down_adapter = Adapter(dz, down_a.transpose(1, 2))
+    da = grouped_linear(dout, down.transpose(1, 2), routing, plan.gate_gradient, adapter=down_adapter, per_token=K)
     rank = max(0 if a is None else a.shape[1] for a in (up_a, down_a))
     if 0 < rank <= _ONE_PASS_RANK:
-        da = grouped_linear(dout_rows, down.transpose(1, 2), routing, plan.gate_gradient)
-        del dout_rows
-        found = adapted_gating_gradient(
-            h, da, weight, routing, gating, _gating_tile(rank, h), dout_TD=dout, bias_ED=down_bias,
+        dh, dweight, up_dz, dup_b, aa, ddown_a = adapted_gating_gradient(
+            h, da, weight, routing, gating, _gating_tile(h), dout_TD=dout, bias_ED=down_bias,
             up=None if up_a is None else (z, up_b), down=None if down_a is None else (dz, down_a),
         )  # fmt: skip
-        dh, dweight, up_dz, dup_b, aa, ddown_a = found
-        del da
     else:
-        adapter = None if dz is None else Adapter(dz, down_a.transpose(1, 2))
-        da = grouped_linear(
-            dout_rows, down.transpose(1, 2), routing, _adapted(plan.gate_gradient, adapter), adapter=adapter
-        )
-        del dout_rows
         dh, wa, dweight = gating_gradient(
             h, da, weight, routing, gating, index_TK=index, dout_TD=dout, bias_ED=down_bias, store_a=down_a is not None
         )
@@ -167,7 +152,8 @@ def _backward(
             up_dz, dup_b = _low_rank(dh, up_b.transpose(1, 2), routing), _low_rank_gradient(dh, z, routing)
         if down_a is not None:
             aa, ddown_a = _low_rank(wa, down_a, routing), _low_rank_gradient(wa, dz, routing)
-        del da, wa
+        del wa
+    del da
     if down_a is not None:
         # aa carries the routing weight, so neither dz nor dout needs it.
         ddown_a, ddown_b = ddown_a.transpose(1, 2).contiguous(), _low_rank_gradient(dout, aa, routing, K)
@@ -175,7 +161,7 @@ def _backward(
         dup_a = _low_rank_gradient(x, up_dz, routing, K).transpose(1, 2).contiguous()
     if needs_x:
         adapter = None if up_a is None else Adapter(up_dz, up_a.transpose(1, 2))
-        dx_rows = grouped_linear(dh, up.transpose(1, 2), routing, _adapted(plan.x_gradient, adapter), adapter=adapter)
+        dx_rows = grouped_linear(dh, up.transpose(1, 2), routing, plan.x_gradient, adapter=adapter)
         dx = combine(dx_rows, None, routing, K)
     found = (dup_a, dup_b, ddown_a, ddown_b)
     adapters = (g if need else none.clone() for g, need in zip(found, needs_adapters, strict=True))

@@ -102,7 +102,6 @@ def adapted_gating_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dh, the gradient of the rows' weights, and the narrow products with up = (z, up_b) and down = (dz, down_a)."""
     (z_NR, up_b_EHR), (dz_NS, down_a_ESF) = up, down
-    da_NF = da_NF + grouped_linear(dz_NS, down_a_ESF.transpose(1, 2), offset_E1)
     dh_NH, wa_NF, dweight_N = gating_gradient(h_NH, da_NF, weight_N, gating, y_bias_N)
     up_dz_NR, aa_NS = (
         grouped_linear(dh_NH, up_b_EHR.transpose(1, 2), offset_E1),

@@ -11,7 +11,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .gating import Gating, act_and_slope, gate_forward
-from .grouped_linear import Adapter, adapter_arguments, dot_rows, low_rank_step, tile_of
+from .grouped_linear import Adapter, dot_rows, tile_of
 from .routing import Routing
 from .tuning import Tile, cdiv
 
@@ -20,13 +20,9 @@ from .tuning import Tile, cdiv
 def _up_projection_kernel(
     x,
     w,
+    z,
+    b,
     bias_ptr,
-    z_ptr,
-    b_ptr,
-    R,
-    b_stride_e,
-    b_stride_o,
-    b_stride_r,
     h_desc,
     a_desc,
     h_ptr,
@@ -36,11 +32,15 @@ def _up_projection_kernel(
     capacity,
     N_IN,
     F,
+    R,
     PER_TOKEN,
     x_stride,
     w_stride_e,
     w_stride_o,
     w_stride_i,
+    b_stride_e,
+    b_stride_o,
+    b_stride_r,
     alpha,
     limit,
     up_offset,
@@ -56,10 +56,10 @@ def _up_projection_kernel(
     W_TMA: tl.constexpr,
     STORE_TMA: tl.constexpr,
     IN_FIRST: tl.constexpr,
+    ADAPTED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    BR: tl.constexpr,
     EVEN_K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -80,6 +80,8 @@ def _up_projection_kernel(
         total = dot_rows(
             x,
             w,
+            z,
+            b,
             row_ptr,
             expert,
             first,
@@ -87,15 +89,20 @@ def _up_projection_kernel(
             column * (BN // G),
             N_IN,
             group_out,
+            R,
             PER_TOKEN,
             x_stride,
             w_stride_e,
             w_stride_o,
             w_stride_i,
+            b_stride_e,
+            b_stride_o,
+            b_stride_r,
             GATHER,
             X_TMA,
             W_TMA,
             IN_FIRST,
+            ADAPTED,
             G,
             BM,
             BN,
@@ -103,28 +110,10 @@ def _up_projection_kernel(
             EVEN_K,
             PRECISION,
         )
-        out_in_group = column * (BN // G) + tl.arange(0, BN) % (BN // G)
-        out = (tl.arange(0, BN) // (BN // G)) * group_out + out_in_group
-        if BR:
-            total = low_rank_step(
-                total,
-                z_ptr,
-                b_ptr,
-                expert,
-                first,
-                last,
-                out,
-                out_in_group < group_out,
-                R,
-                b_stride_e,
-                b_stride_o,
-                b_stride_r,
-                BM,
-                BR,
-                PRECISION,
-            )
         if HAS_BIAS:
-            bias_at = expert.to(tl.int64) * (F * FAN) + out
+            out = tl.arange(0, BN)
+            out_in_group = column * (BN // G) + out % (BN // G)
+            bias_at = expert.to(tl.int64) * (F * FAN) + (out // (BN // G)) * group_out + out_in_group
             total += tl.load(bias_ptr + bias_at, mask=out_in_group < group_out, other=0.0).to(tl.float32)[None, :]
         # Rounded first: half the registers, and the backward's gate sees the same h.
         h = total.to(h_ptr.dtype.element_ty)
@@ -201,11 +190,13 @@ def up_projection(
     groups = 2 if gating.gated and not gating.interleaved else 1
     h_NH = x.new_empty((N, n_h)) if store_h else None
     a_NF = x.new_empty((N, F)) if store_a else None
-    x_tma = per_token is None and can_describe(x)
     in_first = weight_EHD.stride(2) != 1
+    adapter = adapter and adapter.beside(in_first)
+    described = adapter is None or adapter.described(in_first)
+    x_tma = per_token is None and can_describe(x) and described
     stored = weight_EHD.transpose(1, 2) if in_first else weight_EHD
     # A group of columns starts at a multiple of F, which must be 16-byte aligned too.
-    w_tma = can_describe(stored) and (groups == 1 or not in_first or F * x.element_size() % 16 == 0)
+    w_tma = can_describe(stored) and described and (groups == 1 or not in_first or F * x.element_size() % 16 == 0)
     h_desc = a_desc = None
     store_tma = tile.tma_store and gating.gated and F * x.element_size() % 16 == 0 and can_describe(stored)
     if store_tma and h_NH is not None:
@@ -213,11 +204,13 @@ def up_projection(
     if store_tma and a_NF is not None:
         a_desc = create_ragged_descriptor(a_NF.view(N, 1, F), [tile.m, 1, tile.n // 2])
     work = routing.max_tiles * cdiv(n_h, tile.n)
+    z_NR, b_EHR = adapter or (None, None)
     _up_projection_kernel[(programs(tile, work, x.device),)](
         row_descriptor(x, tile.m, tile.k) if x_tma else x,
         weight_descriptor(weight_EHD, groups, tile.n, tile.k) if w_tma else weight_EHD,
+        row_descriptor(z_NR, tile.m, tile.k) if x_tma and adapter else z_NR,
+        weight_descriptor(b_EHR, groups, tile.n, tile.k) if w_tma and adapter else b_EHR,
         bias_EH,
-        *adapter_arguments(adapter),
         h_desc,
         a_desc,
         h_NH if store_h else a_NF,
@@ -227,9 +220,11 @@ def up_projection(
         routing.capacity,
         n_in,
         F,
+        z_NR.shape[1] if adapter else 0,
         per_token or 1,
         x.stride(0),
         *weight_EHD.stride(),
+        *(b_EHR.stride() if adapter else (0, 0, 0)),
         gating.alpha,
         gating.limit if gating.limit is not None else 0.0,
         gating.up_offset,
@@ -245,10 +240,10 @@ def up_projection(
         W_TMA=w_tma,
         STORE_TMA=store_tma,
         IN_FIRST=in_first,
+        ADAPTED=adapter is not None,
         BM=tile.m,
         BN=tile.n,
         BK=tile.k,
-        BR=adapter.block if adapter else 0,
         EVEN_K=n_in % tile.k == 0,
         GROUP=tile.group,
         FLATTEN=tile.flatten,

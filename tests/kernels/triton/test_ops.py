@@ -166,7 +166,16 @@ def test_adapted_gating_gradient(gating, columns):
     )
     poison()
     found = adapted_gating_gradient(
-        h, da, weight_TK, routing, gating, Tile(16, columns, 0, 4, 2), up=up, down=down, dout_TD=dout, bias_ED=bias
+        h,
+        da.clone(),
+        weight_TK,
+        routing,
+        gating,
+        Tile(16, columns, 0, 4, 2),
+        up=up,
+        down=down,
+        dout_TD=dout,
+        bias_ED=bias,
     )
     for name, f, p, t in zip(found._fields, found, plain, truth, strict=True):
         if name == "dweight_TK":
