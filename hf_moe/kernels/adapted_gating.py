@@ -253,7 +253,7 @@ def adapted_gating_gradient(
     R, S = up[0].shape[1] if up else 0, down[0].shape[1] if down else 0
     chunks = min(cdiv(N, tile.m) + E, N)
     block_f = min(max(power_of_2(F), 16), 256)
-    block_n = min(tile.m, max(1, 32 * 32 * tile.warps // block_f))
+    block_n = min(tile.m, max(1, 16 * 32 * tile.warps // block_f))
     dh_NH = torch.empty_like(h_NH)
     # Routes of no expert are in no chunk.
     dweight_TK = torch.zeros_like(weight_TK, memory_format=torch.contiguous_format)
