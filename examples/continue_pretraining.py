@@ -39,7 +39,12 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "split": {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 12, "top_k": 3},
     "drop": {"mode": "drop", "experts": 4, "top_k": 2, "drop_ratio": 0.5},
 }
-RUNS = {"dense": "as it is", "copy": "copy, 4 experts, top-2", "split": "1 + 3 of 12 quarters", "drop": "half redrawn"}
+RUNS = {
+    "dense": "as it is",
+    "copy": "4 experts, top-2",
+    "split": "a shared quarter and 3 of 12 routed ones",
+    "drop": "4 experts with half their neurons redrawn, top-2",
+}
 
 
 class Tokens(Dataset[dict[str, torch.Tensor]]):

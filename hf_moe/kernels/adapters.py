@@ -32,11 +32,15 @@ def base_weight(module: Any, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _stacked(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Several adapters are one of their summed rank. Scaled before rounding."""
+    """Several adapters are one of their summed rank, filled up to rows of 16 bytes. Scaled before rounding."""
     if not adapters:
         return None
     a_ERI = torch.cat([adapter.a_ERI.to(dtype) for adapter in adapters], 1)
-    return a_ERI, torch.cat([(adapter.b_EOR * adapter.scaling).to(dtype) for adapter in adapters], 2)
+    b_EOR = torch.cat([(adapter.b_EOR * adapter.scaling).to(dtype) for adapter in adapters], 2)
+    missing = -a_ERI.shape[1] % 8
+    if missing:
+        a_ERI, b_EOR = nn.functional.pad(a_ERI, (0, 0, 0, missing)), nn.functional.pad(b_EOR, (0, missing))
+    return a_ERI, b_EOR
 
 
 def adapted_experts_forward(
