@@ -4,8 +4,9 @@
     python examples/continued/prepare_text.py .data                    # once: real text, from Debian's manuals
     python examples/continue_pretraining.py --text .data --compile     # SmolLM2-135M, 20 M tokens, one GPU
 
-Writes results.json, curves.json and curves.png into --output, a row at a time; rows of an earlier run with the same
-setup stay. Training is bfloat16 autocast over float32 weights; experts are balanced by the selection bias alone.
+Writes results.json, curves.json and curves.png into --output, and the table of a README.md there, a run at a time; runs
+of an earlier call with the same setup stay, so `--inits split drop` adds or replaces these two. Training is bfloat16
+autocast over float32 weights; experts are balanced by the selection bias alone.
 """
 
 import argparse
@@ -38,7 +39,12 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "split": {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 12, "top_k": 6},
     "drop": {"mode": "drop", "experts": 4, "top_k": 2, "drop_ratio": 0.5},
 }
-RUNS = {"dense": "continued", "copy": "copy, 4 experts, top-2", "split": "1 + 6 of 12 quarters", "drop": "half redrawn"}
+RUNS = {
+    "dense": "as it is",
+    "copy": "4 experts, top-2",
+    "split": "a shared quarter and 6 of 12 routed ones, two of each other quarter",
+    "drop": "4 experts with half their neurons redrawn, top-2",
+}
 
 
 class Tokens(Dataset[dict[str, torch.Tensor]]):
@@ -55,16 +61,30 @@ class Tokens(Dataset[dict[str, torch.Tensor]]):
 
 
 class Echo(TrainerCallback):
-    """One line an evaluation, with the speed since the last one."""
+    """A line early on, when what compiles has compiled, says how long a run will take; then one an evaluation."""
 
     def __init__(self, tokens_a_step: int):
-        self.tokens_a_step, self.step, self.time = tokens_a_step, 0, time.monotonic()
+        self.tokens_a_step, self.step, self.time, self.promised = tokens_a_step, 0, time.monotonic(), False
+
+    def speed(self, step: int) -> float:
+        """Tokens a second since the last call."""
+        now = time.monotonic()
+        speed = (step - self.step) * self.tokens_a_step / (now - self.time)
+        self.step, self.time = step, now
+        return speed
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Its numbers were read from the device: all steps before it are done.
+        if not self.promised and state.global_step:
+            first, speed = self.step == 0, self.speed(state.global_step)
+            if not first:
+                self.promised = True
+                rest = (state.max_steps - state.global_step) * self.tokens_a_step / speed
+                print(f"  step {state.global_step}: {speed:,.0f} tokens/s, {rest:.0f} s of training left", flush=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        now, steps = time.monotonic(), state.global_step - self.step
-        speed = steps * self.tokens_a_step / (now - self.time)
+        speed = self.speed(state.global_step)
         print(f"  step {state.global_step}: held-out {metrics['eval_loss']:.4f}, {speed:,.0f} tokens/s", flush=True)
-        self.step, self.time = state.global_step, now
 
 
 def unpack(path: Path) -> np.ndarray:
@@ -106,6 +126,14 @@ def compile_parts(model: Any) -> None:
 def in_half(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
     """A forward hook; one function for all layers, so that they share a graph."""
     return output.bfloat16()
+
+
+def parameters(model: Any) -> tuple[int, int]:
+    """All parameters, and those that one token meets."""
+    total = sum(p.numel() for p in model.parameters())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = 1 - model.config.num_experts_per_tok / model.config.n_routed_experts if routed else 0
+    return total, total - round(routed * idle)
 
 
 def train(model: Any, init: str, text: dict[str, Tokens], options: argparse.Namespace) -> tuple[dict, list]:
@@ -161,32 +189,64 @@ class Report:
     def __init__(self, options: argparse.Namespace, heldout_tokens: int):
         self.folder = options.output
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.setup = {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            **{
-                name: getattr(options, name)
-                for name in ("steps", "batch", "length", "learning_rate", "bias_rate", "seed")
-            },
-            "heldout_tokens": heldout_tokens,
-            "mixtures": MIXTURES,
-        }
+        names = ("steps", "batch", "length", "learning_rate", "bias_rate", "seed")
+        self.setup = {name: getattr(options, name) for name in names} | {"heldout_tokens": heldout_tokens}
         self.rows: dict[str, dict] = {}
         self.curves: dict[str, list] = {}
+        self.runs: dict[str, dict] = {}
         if (self.folder / "curves.json").exists():
             earlier = json.loads((self.folder / "curves.json").read_text())
             if earlier["setup"] == self.setup:
-                self.curves = earlier["curves"]
+                self.curves, self.runs = earlier["curves"], earlier["runs"]
                 self.rows = {row["init"]: row for row in json.loads((self.folder / "results.json").read_text())}
 
-    def add(self, row: dict, curve: list) -> None:
-        self.rows[row["init"]], self.curves[row["init"]] = row, curve
-        (self.folder / "results.json").write_text(json.dumps(list(self.rows.values()), indent=1) + "\n")
+    def add(self, row: dict, curve: list, sizes: tuple[int, int], seconds: float) -> None:
+        init = row["init"]
+        self.rows[init], self.curves[init] = row, curve
+        self.runs[init] = {
+            "mixture": MIXTURES.get(init),
+            "parameters": sizes[0],
+            "active_parameters": sizes[1],
+            "seconds": round(seconds),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        self.write()
+
+    def write(self) -> None:
+        order = [init for init in RUNS if init in self.rows]
+        (self.folder / "results.json").write_text(json.dumps([self.rows[init] for init in order], indent=1) + "\n")
+        curves = {init: self.curves[init] for init in order}
+        runs = {init: self.runs[init] for init in order}
         (self.folder / "curves.json").write_text(
-            json.dumps({"setup": self.setup, "curves": self.curves}, indent=1) + "\n"
+            json.dumps({"setup": self.setup, "runs": runs, "curves": curves}, indent=1) + "\n"
         )
-        draw(self.curves, self.folder / "curves.png")
+        draw(curves, self.folder / "curves.png")
+        readme = self.folder / "README.md"
+        if readme.exists():
+            before, _, rest = readme.read_text().partition("| model |")
+            after = rest.partition("\n\n")[2]
+            readme.write_text(f"{before}{self.table(order)}\n\n{after}")
+
+    def table(self, order: list[str]) -> str:
+        """The runs as a table of Markdown; the lowest loss stands out."""
+        best = min(row["heldout_loss"] for row in self.rows.values())
+        lines = [
+            "| model | parameters, active for a token | held-out loss at 0 | at the end | busiest expert over mean, "
+            "worst layer |",
+            "|---|---|---|---|---|",
+        ]
+        for init in order:
+            row, run = self.rows[init], self.runs[init]
+            total, active = (f"{run[key] / 1e6:.0f} M" for key in ("parameters", "active_parameters"))
+            loss = f"{row['heldout_loss']:.4f}"
+            load = f"{row['max_over_mean_load']:.2f}" if init != "dense" else ""
+            lines.append(
+                f"| {init}: {RUNS[init]} | {total}, {active} | {self.curves[init][0][1]:.4f} | "
+                f"{f'**{loss}**' if row['heldout_loss'] == best else loss} | {load} |"
+            )
+        return "\n".join(lines)
 
 
 def draw(curves: dict[str, list], path: Path) -> None:
@@ -262,9 +322,13 @@ def main() -> None:
             print(f"{init}: {RUNS[init]}", flush=True)
             torch.manual_seed(options.seed)
             start = time.monotonic()
-            row, curve = train(load(source, init, options.models or folder), init, text, options)
-            print(f"  {row}, {time.monotonic() - start:.0f} s in all", flush=True)
-            report.add(row, curve)
+            model = load(source, init, options.models or folder)
+            print(f"  loaded after {time.monotonic() - start:.0f} s", flush=True)
+            row, curve = train(model, init, text, options)
+            seconds = time.monotonic() - start
+            print(f"  {row}, {seconds:.0f} s in all", flush=True)
+            report.add(row, curve, parameters(model), seconds)
+            del model
             torch.cuda.empty_cache()
 
 

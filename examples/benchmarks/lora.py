@@ -3,7 +3,8 @@
     python examples/benchmarks/lora.py
 
 Our gradients of A, B and x are checked against float32 first. A row is {case, impl, pass, ms, peak_mib}: impl "hf_moe"
-or "peft"; pass "layer" (forward and backward of one expert layer) or "step" (a model's, with AdamW on the adapters).
+or "peft"; pass "layer" (forward and backward of one expert layer) or "step" (a model's, with AdamW on the adapters). In
+the case "…-compiled" torch.compile has fused what the two steps have in common, attention, norms and loss, in both.
 Beside them, for scale: "hf_moe_full" trains the expert weights, "hf_moe_attention" has LoRA on attention alone,
 "summed_hf_moe" sums the weights as peft does and gives them to our kernels.
 Results go to examples/benchmarks/results/lora-<gpu>.json.
@@ -161,12 +162,24 @@ def peft_layer(shape: str, inputs):
     return lambda: torch.autograd.grad(wrapper(x, inputs["index"], weight), leaves, inputs["dout"])
 
 
-def step_row(impl: str, budget_ms: float) -> dict:
-    model = olmoe(4)
-    model.set_experts_implementation("grouped_mm" if impl == "peft" else "hf_moe_triton")
+def compile_common(model: OlmoeForCausalLM) -> None:
+    """Everything but router and experts, whose wrapper in peft cannot be compiled."""
+    for layer in model.model.layers:
+        for module in (layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm):
+            module.compile(dynamic=False)
+    model.model.norm.compile(dynamic=False)
+    model.loss_function = torch.compile(model.loss_function, dynamic=False)
+
+
+def step_row(impl: str, budget_ms: float, compiled: bool = False) -> dict:
+    torch.compiler.reset()
+    base = olmoe(4)
+    base.set_experts_implementation("grouped_mm" if impl == "peft" else "hf_moe_triton")
     preset = "attention" if impl == "hf_moe_attention" else "experts"
-    config = plain_config() if impl == "peft" else lora_config(preset, model=model, r=RANK)
-    model = get_peft_model(model, config)
+    config = plain_config() if impl == "peft" else lora_config(preset, model=base, r=RANK)
+    model = get_peft_model(base, config)
+    if compiled:
+        compile_common(base)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     tokens = torch.randint(50304, (4, 2048), device="cuda")
 
@@ -178,7 +191,8 @@ def step_row(impl: str, budget_ms: float) -> dict:
     ms, _ = median_ms(step, budget_ms)
     # All of it, weights included, as one reads it from the GPU.
     peak = torch.cuda.max_memory_allocated() / 2**20
-    return {"case": "olmoe-4-layers-4x2048", "impl": impl, "pass": "step", "ms": round(ms, 2), "peak_mib": round(peak)}
+    case = "olmoe-4-layers-4x2048" + ("-compiled" if compiled else "")
+    return {"case": case, "impl": impl, "pass": "step", "ms": round(ms, 2), "peak_mib": round(peak)}
 
 
 def main() -> None:
@@ -205,9 +219,10 @@ def main() -> None:
     rows: list[dict] = []
 
     def cases():
-        yield lambda: [step_row("hf_moe", args.budget_ms)]
-        yield lambda: [step_row("peft", args.budget_ms)]
-        yield lambda: [step_row("hf_moe_attention", args.budget_ms)]
+        for impl in ("hf_moe", "peft", "hf_moe_attention"):
+            yield lambda impl=impl: [step_row(impl, args.budget_ms)]
+        for impl in ("hf_moe", "peft"):
+            yield lambda impl=impl: [step_row(impl, args.budget_ms, compiled=True)]
         for shape in args.shapes:
             for tokens in args.tokens:
                 yield lambda shape=shape, tokens=tokens: layer_rows(shape, tokens, args.budget_ms)

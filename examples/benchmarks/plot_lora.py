@@ -33,6 +33,7 @@ def main() -> None:
             bars = [(x, found[case, impl][key]) for x, case in enumerate(cases) if (case, impl) in found]
             panel.bar([x + (i - 1.5) * 0.2 for x, _ in bars], [h for _, h in bars], 0.2, color=color, label=label)
         names = [case.replace("-4-layers-", "\n4 layers, ").replace("-8192", "\n8,192") for case in cases]
+        names = [name.replace("-compiled", "\ncompiled") for name in names]
         panel.set_xticks(range(len(cases)), [name.replace("-32768", "\n32,768") for name in names], fontsize=8)
         panel.set_ylabel(what)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="lower center", ncols=len(IMPLEMENTATIONS))

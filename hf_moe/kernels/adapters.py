@@ -32,11 +32,15 @@ def base_weight(module: Any, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _stacked(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Several adapters are one of their summed rank. Scaled before rounding."""
+    """Several adapters are one of their summed rank, filled up to rows of 16 bytes. Scaled before rounding."""
     if not adapters:
         return None
     a_ERI = torch.cat([adapter.a_ERI.to(dtype) for adapter in adapters], 1)
-    return a_ERI, torch.cat([(adapter.b_EOR * adapter.scaling).to(dtype) for adapter in adapters], 2)
+    b_EOR = torch.cat([(adapter.b_EOR * adapter.scaling).to(dtype) for adapter in adapters], 2)
+    missing = -a_ERI.shape[1] % 8
+    if missing:
+        a_ERI, b_EOR = nn.functional.pad(a_ERI, (0, 0, 0, missing)), nn.functional.pad(b_EOR, (0, missing))
+    return a_ERI, b_EOR
 
 
 def adapted_experts_forward(
@@ -98,11 +102,11 @@ def _composed(module, x_TD, index_TK, weight_TK, weights, biases, adapters) -> T
         if biases[side] is not None:
             y_NO = y_NO + biases[side][expert_N.clamp(max=E - 1)]
         for adapter in adapters[side]:
-            # torch's kernels want rows of 16 bytes.
+            # torch's kernels want rows of 16 bytes, next to each other: peft keeps b with the experts innermost.
             missing = -adapter.a_ERI.shape[1] % 8
             a = nn.functional.pad(adapter.a_ERI.to(x_NI.dtype), (0, 0, 0, missing))
             b = nn.functional.pad((adapter.b_EOR * adapter.scaling).to(x_NI.dtype), (0, missing))
-            y_NO = y_NO + product(product(adapter.dropout(x_NI), a), b)
+            y_NO = y_NO + product(product(adapter.dropout(x_NI), a), b.contiguous())
         return y_NO
 
     h_NH = projection(x_TD[row_N // K], 0)

@@ -68,6 +68,32 @@ def gate_forward(gate, up, alpha, limit, up_offset, ACT: tl.constexpr, CLIP: tl.
 
 
 @triton.jit
+def gate_gradient(gate, up, da, alpha, limit, up_offset, ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr):
+    """(dgate, dup, a) in fp32, from what a gate read and the gradient of what it gave; dup means nothing ungated."""
+    inside = gate == gate
+    if CLIP:
+        inside = gate <= limit
+        gate = tl.minimum(gate, limit)
+    value, slope = act_and_slope(gate, alpha, ACT)
+    dup = da
+    if GATED:
+        up_inside = inside
+        if CLIP:
+            up_inside = (up >= -limit) & (up <= limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit)
+        up += up_offset
+        dup = da * value
+        if CLIP:
+            dup = tl.where(up_inside, dup, 0.0)
+        slope *= up
+        value *= up
+    dgate = da * slope
+    if CLIP:
+        dgate = tl.where(inside, dgate, 0.0)
+    return dgate, dup, value
+
+
+@triton.jit
 def _gating_gradient_kernel(
     h_ptr,
     da_ptr,
@@ -112,28 +138,14 @@ def _gating_gradient_kernel(
         da = tl.load(da_ptr + n64 * F + f, mask=mask, other=0.0).to(tl.float32)
         gate_at = n64 * (fan * F) + step * f
         gate = tl.load(h_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-        inside = gate == gate
-        if CLIP:
-            inside = gate <= limit
-            gate = tl.minimum(gate, limit)
-        value, slope = act_and_slope(gate, alpha, ACT)
+        up = gate
         if GATED:
             up_at = gate_at + (1 if INTERLEAVED else F)
             up = tl.load(h_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
-            if CLIP:
-                up_inside = (up >= -limit) & (up <= limit)
-                up = tl.minimum(tl.maximum(up, -limit), limit)
-            up += up_offset
-            dup = weight * da * value
-            if CLIP:
-                dup = tl.where(up_inside, dup, 0.0)
-            tl.store(dh_ptr + up_at, dup.to(dh_ptr.dtype.element_ty), mask=mask)
-            slope *= up
-            value *= up
-        dgate = weight * da * slope
-        if CLIP:
-            dgate = tl.where(inside, dgate, 0.0)
+        dgate, dup, value = gate_gradient(gate, up, weight * da, alpha, limit, up_offset, ACT, CLIP, GATED)
         tl.store(dh_ptr + gate_at, dgate.to(dh_ptr.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(dh_ptr + up_at, dup.to(dh_ptr.dtype.element_ty), mask=mask)
         if STORE_A:
             tl.store(a_ptr + n64 * F + f, (weight * value).to(a_ptr.dtype.element_ty), mask=mask)
         dweight += tl.sum(da * value, 1)
@@ -209,52 +221,3 @@ def gating_gradient(
         num_warps=4,
     )
     return dh_NH, da_NF if store_a else None, dweight_TK
-
-
-@triton.jit
-def _apply_gate_kernel(
-    h_ptr,
-    a_ptr,
-    total,
-    F,
-    alpha,
-    limit,
-    up_offset,
-    ACT: tl.constexpr,
-    CLIP: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row, f = at // F, at % F
-    mask = at < total
-    if GATED:
-        gate_at = row * (2 * F) + f * (2 if INTERLEAVED else 1)
-        gate = tl.load(h_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(h_ptr + gate_at + (1 if INTERLEAVED else F), mask=mask, other=0.0).to(tl.float32)
-        a = gate_forward(gate, up, alpha, limit, up_offset, ACT, CLIP)
-    else:
-        a, _ = act_and_slope(tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32), alpha, ACT)
-    tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=mask)
-
-
-def apply_gate(h_NH: torch.Tensor, gating: Gating) -> torch.Tensor:
-    """a = gate(h), row by row, as the fused projection would have stored it. Reads h, writes a."""
-    N, F = h_NH.shape[0], h_NH.shape[1] // gating.fan
-    a_NF = h_NH.new_empty((N, F))
-    _apply_gate_kernel[(cdiv(N * F, 2048),)](
-        h_NH,
-        a_NF,
-        N * F,
-        F,
-        gating.alpha,
-        gating.limit if gating.limit is not None else 0.0,
-        gating.up_offset,
-        ACT=gating.act,
-        CLIP=gating.limit is not None,
-        GATED=gating.gated,
-        INTERLEAVED=gating.gated and gating.interleaved,
-        BLOCK=2048,
-    )
-    return a_NF

@@ -1,7 +1,10 @@
 """Multiply each sorted row by the matrix of the expert that owns it: the down-projection and both gradients of inputs.
 
-Letters: N routed rows, I input columns, O output columns, E experts, G groups of output columns (gate and up: 2).
+Letters: N routed rows, I input columns, O output columns, E experts, R rank of an adapter, G groups of output columns
+(gate and up: 2).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,6 +29,8 @@ def tile_of(work, tiles, columns, GROUP: tl.constexpr):
 def dot_rows(
     x,
     w,
+    z,
+    b,
     row_ptr,
     expert,
     first,
@@ -33,15 +38,20 @@ def dot_rows(
     column,
     N_IN,
     GROUP_OUT,
+    R,
     PER_TOKEN,
     x_stride,
     w_stride_e,
     w_stride_o,
     w_stride_i,
+    b_stride_e,
+    b_stride_o,
+    b_stride_r,
     GATHER: tl.constexpr,
     X_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
     IN_FIRST: tl.constexpr,
+    ADAPTED: tl.constexpr,
     G: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -49,44 +59,96 @@ def dot_rows(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x[first : first + BM] @ w[expert, G column groups].T in fp32; rows from `last` on are unspecified."""
-    rows = first + tl.arange(0, BM)
+    """x[first : first + BM] @ w[expert, G column groups].T in fp32; rows from `last` on are unspecified.
+
+    ADAPTED adds z[first : first + BM] @ b[expert, …].T: the rank is so many more columns of input, and not a second
+    loop, because one loop is one pipeline.
+    """
+    left, low_left = x, z
     if not X_TMA:
-        if GATHER:  # noqa: SIM108 Triton compiles only the branch taken of a constexpr `if`
-            rows = tl.load(row_ptr + rows, mask=rows < last, other=0) // PER_TOKEN
+        rows = first + tl.arange(0, BM)
+        if GATHER:
+            tokens = tl.load(row_ptr + rows, mask=rows < last, other=0) // PER_TOKEN
         else:
-            rows = tl.minimum(rows, last - 1)
-        x_rows = x + rows.to(tl.int64)[:, None] * x_stride
+            tokens = tl.minimum(rows, last - 1)
+        left = x + tokens.to(tl.int64)[:, None] * x_stride
+        if ADAPTED:
+            low_left = z + tl.minimum(rows, last - 1).to(tl.int64)[:, None] * R
+    right, low_right = w, b
     out = tl.arange(0, BN)
     out_in_group = column + out % (BN // G)
     if not W_TMA:
         out = (out // (BN // G)) * GROUP_OUT + out_in_group
-        w_columns = w + expert.to(tl.int64) * w_stride_e + out.to(tl.int64)[None, :] * w_stride_o
+        right = w + expert.to(tl.int64) * w_stride_e + out.to(tl.int64)[None, :] * w_stride_o
+        if ADAPTED:
+            low_right = b + expert.to(tl.int64) * b_stride_e + out.to(tl.int64)[None, :] * b_stride_o
+    end = N_IN
+    if ADAPTED:
+        depth = tl.cdiv(N_IN, BK) * BK
+        end = depth + R
     total = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, N_IN, BK):
-        at = k + tl.arange(0, BK)
+    for k in range(0, end, BK):
+        near, wide, width, start = left, right, N_IN, k
+        if ADAPTED:
+            low = k >= depth
+            width = tl.where(low, R, N_IN)
+            start = tl.where(low, k - depth, k)
+            if low:
+                near = low_left
+                wide = low_right
+        at = start + tl.arange(0, BK)
         if X_TMA:
-            x_tile = x.load([first, k])
-        elif EVEN_K:
-            x_tile = tl.load(x_rows + at[None, :])
+            x_tile = near.load([first, start])
+        elif EVEN_K and not ADAPTED:
+            x_tile = tl.load(near + at[None, :])
         else:
-            x_tile = tl.load(x_rows + at[None, :], mask=at[None, :] < N_IN, other=0.0)
+            x_tile = tl.load(near + at[None, :], mask=at[None, :] < width, other=0.0)
         if W_TMA:
             if IN_FIRST:
-                w_tile = w.load([expert, k, 0, column]).reshape(BK, BN)
+                w_tile = wide.load([expert, start, 0, column]).reshape(BK, BN)
             else:
-                w_tile = w.load([expert, 0, column, k]).reshape(BN, BK).T
+                w_tile = wide.load([expert, 0, column, start]).reshape(BN, BK).T
         else:
-            w_mask = (at[:, None] < N_IN) & (out_in_group[None, :] < GROUP_OUT)
-            w_tile = tl.load(w_columns + at.to(tl.int64)[:, None] * w_stride_i, mask=w_mask, other=0.0)
+            w_ptrs = wide + at.to(tl.int64)[:, None] * w_stride_i
+            if ADAPTED and low:
+                w_ptrs = wide + at.to(tl.int64)[:, None] * b_stride_r
+            w_mask = (at[:, None] < width) & (out_in_group[None, :] < GROUP_OUT)
+            w_tile = tl.load(w_ptrs, mask=w_mask, other=0.0)
         total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
     return total
+
+
+class Adapter(NamedTuple):
+    """A low-rank term of a grouped linear, y[n] += b[e] @ z[n]. z is usually a[e] @ x[row].
+
+    z_NR: x's dtype, contiguous.
+    b_EOR: x's dtype; copied unless its long side lies in memory as the weight's does. A rank of 16-byte rows is fast.
+    """
+
+    z_NR: torch.Tensor
+    b_EOR: torch.Tensor
+
+    def beside(self, in_first: bool) -> "Adapter":
+        """With b in the memory order of a weight."""
+        _, b_EOR = self
+        if b_EOR.stride(1 if in_first else 2) == 1:
+            return self
+        return self._replace(
+            b_EOR=b_EOR.transpose(1, 2).contiguous().transpose(1, 2) if in_first else b_EOR.contiguous()
+        )
+
+    def described(self, in_first: bool) -> bool:
+        """Whether bulk copies can read both parts."""
+        z_NR, b_EOR = self
+        return can_describe(z_NR) and can_describe(b_EOR.transpose(1, 2) if in_first else b_EOR)
 
 
 @triton.jit
 def _grouped_linear_kernel(
     x,
     w,
+    z,
+    b,
     bias_ptr,
     y,
     y_ptr,
@@ -95,16 +157,21 @@ def _grouped_linear_kernel(
     capacity,
     N_IN,
     N_OUT,
+    R,
     PER_TOKEN,
     x_stride,
     w_stride_e,
     w_stride_o,
     w_stride_i,
+    b_stride_e,
+    b_stride_o,
+    b_stride_r,
     GATHER: tl.constexpr,
     X_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
     Y_TMA: tl.constexpr,
     IN_FIRST: tl.constexpr,
+    ADAPTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -125,6 +192,8 @@ def _grouped_linear_kernel(
         total = dot_rows(
             x,
             w,
+            z,
+            b,
             row_ptr,
             expert,
             first,
@@ -132,15 +201,20 @@ def _grouped_linear_kernel(
             column,
             N_IN,
             N_OUT,
+            R,
             PER_TOKEN,
             x_stride,
             w_stride_e,
             w_stride_o,
             w_stride_i,
+            b_stride_e,
+            b_stride_o,
+            b_stride_r,
             GATHER,
             X_TMA,
             W_TMA,
             IN_FIRST,
+            ADAPTED,
             1,
             BM,
             BN,
@@ -172,22 +246,24 @@ def grouped_linear(
     tile: Tile,
     *,
     bias_EO: torch.Tensor | None = None,
+    adapter: Adapter | None = None,
     per_token: int | None = None,
     zero_unowned: bool = False,
 ) -> torch.Tensor:
     """Multiply each sorted row by the matrix of the expert that owns it.
 
-        y[n] = weight[e] @ x[row] + bias[e]     row = n, or routing.row[n] // per_token when that is given
+        y[n] = weight[e] @ x[row] + b[e] @ z[n] + bias[e]     row = n, or routing.row[n] // per_token when that is given
 
     Args:
         x: (N, I) rows sorted by expert or, with per_token, (T, I) tokens; fp32, bf16 or fp16, contiguous in I.
         weight_EOI: x's dtype, any strides (a transposed view costs nothing).
         routing: from `route`, with tiles of tile.m rows.
         bias_EO: contiguous.
+        adapter: z and b, for a term of low rank in the same sum.
         zero_unowned: write zeros for rows of no expert; otherwise they stay unwritten.
     Returns:
         y_NO in x's dtype, accumulated in fp32.
-    Cost: 2·N·I·O FLOPs, one launch, no host synchronisation.
+    Cost: 2·N·O·(I + R) FLOPs, one launch, no host synchronisation.
     Source: dropless grouped computation, arXiv:2211.15841; gather fused as in arXiv:2403.08245.
     """
     _, n_out, n_in = weight_EOI.shape
@@ -195,12 +271,17 @@ def grouped_linear(
     allocate = x.new_zeros if zero_unowned else x.new_empty
     y_NO = allocate((N, n_out))
     in_first = weight_EOI.stride(2) != 1
-    x_tma = per_token is None and can_describe(x)
-    w_tma = can_describe(weight_EOI.transpose(1, 2) if in_first else weight_EOI)
+    adapter = adapter and adapter.beside(in_first)
+    described = adapter is None or adapter.described(in_first)
+    x_tma = per_token is None and can_describe(x) and described
+    w_tma = can_describe(weight_EOI.transpose(1, 2) if in_first else weight_EOI) and described
     y_tma = tile.tma_store and can_describe(y_NO)
+    z_NR, b_EOR = adapter or (None, None)
     _grouped_linear_kernel[(programs(tile, routing.max_tiles * cdiv(n_out, tile.n), x.device),)](
         row_descriptor(x, tile.m, tile.k) if x_tma else x,
         weight_descriptor(weight_EOI, 1, tile.n, tile.k) if w_tma else weight_EOI,
+        row_descriptor(z_NR, tile.m, tile.k) if x_tma and adapter else z_NR,
+        weight_descriptor(b_EOR, 1, tile.n, tile.k) if w_tma and adapter else b_EOR,
         bias_EO,
         create_ragged_descriptor(y_NO, [tile.m, tile.n // 2]) if y_tma else None,
         y_NO,
@@ -209,14 +290,17 @@ def grouped_linear(
         routing.capacity,
         n_in,
         n_out,
+        z_NR.shape[1] if adapter else 0,
         per_token or 1,
         x.stride(0),
         *weight_EOI.stride(),
+        *(b_EOR.stride() if adapter else (0, 0, 0)),
         GATHER=per_token is not None,
         X_TMA=x_tma,
         W_TMA=w_tma,
         Y_TMA=y_tma,
         IN_FIRST=in_first,
+        ADAPTED=adapter is not None,
         HAS_BIAS=bias_EO is not None,
         BM=tile.m,
         BN=tile.n,

@@ -9,15 +9,20 @@ R rank, I and O input and output columns of a projection.
 import torch
 from torch import Tensor
 
-from .adapted_linear import adapted_linear
+from .adapted_gating import adapted_gating_gradient
 from .combine import combine, spread
 from .descriptors import dense_rows, dense_side
-from .gating import Gating, apply_gate, gating_gradient
-from .grouped_linear import grouped_linear
+from .gating import Gating, gating_gradient
+from .grouped_linear import Adapter, grouped_linear
 from .layer import Plan
 from .routing import Routing, route, tile_capacity
+from .spread_low_rank import spread_low_rank
 from .tuning import Tile, power_of_2
+from .up_projection import up_projection
 from .weight_gradient import weight_gradient
+
+# Up to this rank one pass over h does all that reads it; above, its parts cost more than passes of their own.
+_ONE_PASS_RANK = 32
 
 
 def _narrow(rank: int, tile_rows: int, x: Tensor) -> Tile:
@@ -25,23 +30,27 @@ def _narrow(rank: int, tile_rows: int, x: Tensor) -> Tile:
     return Tile(tile_rows, max(16, power_of_2(rank)), 64 if x.is_cuda and x.dtype != torch.float32 else 32, 4, 3)
 
 
-def _low_rank(x: Tensor, a_ERI: Tensor, routing: Routing, per_token: int | None = None) -> Tensor:
-    """z[n] = a[e] @ x[row]."""
-    return grouped_linear(x, a_ERI, routing, _narrow(a_ERI.shape[1], routing.tile_rows, x), per_token=per_token)
+def _passing(rank: int, x: Tensor) -> Tile:
+    """Rows and columns that `spread_low_rank` moves at a time."""
+    if not x.is_cuda:
+        return Tile(16, 16, 32, 4, 2)
+    return Tile(64, max(16, power_of_2(rank)), 128 if x.dtype != torch.float32 else 32, 4, 3)
 
 
-def _low_rank_gradient(wide_NC: Tensor, narrow_NR: Tensor, routing: Routing, per_token: int | None = None) -> Tensor:
+def _low_rank(x: Tensor, a_ERI: Tensor, routing: Routing) -> Tensor:
+    """z[n] = a[e] @ x[n]."""
+    return grouped_linear(x, a_ERI, routing, _narrow(a_ERI.shape[1], routing.tile_rows, x))
+
+
+def _low_rank_gradient(wide: Tensor, narrow_NR: Tensor, routing: Routing, per_token: int | None = None) -> Tensor:
     """Σ wide[row] ⊗ narrow[n] over each expert's rows, as (E, C, R): the rank is the short side of a tile."""
-    side = 128 if wide_NC.is_cuda else 32
-    tile = _narrow(narrow_NR.shape[1], side, wide_NC)
-    return weight_gradient(wide_NC, narrow_NR, routing, tile, left_per_token=per_token)
+    tile = _narrow(narrow_NR.shape[1], 128 if wide.is_cuda else 32, wide)
+    return weight_gradient(wide, narrow_NR, routing, tile._replace(group=0), left_per_token=per_token)
 
 
-def _linear(x, weight, a, b, routing, tile, *, bias=None, per_token=None):
-    if a is None:
-        return grouped_linear(x, weight, routing, tile, bias_EO=bias, per_token=per_token), None
-    z = _low_rank(x, a, routing, per_token)
-    return adapted_linear(x, weight, z, b, routing, tile, bias_EO=bias, per_token=per_token), z
+def _gating_tile(h: Tensor) -> Tile:
+    """Rows of a program of `adapted_gating_gradient`, and columns of its narrow products."""
+    return Tile(128, 64 if h.dtype != torch.float32 else 32, 0, 8, 3) if h.is_cuda else Tile(16, 16, 0, 4, 2)
 
 
 _GATING = "str act, float alpha, float? limit, float up_offset, bool gated, bool interleaved"
@@ -69,11 +78,27 @@ def _forward(
         empty = (x.new_empty(0), x.new_empty(0), none, none.clone(), none.clone(), none.clone())
         return x.new_zeros(x.shape), *empty
     plan = Plan.of(x.device, x.dtype, T * K // E)
-    routing = route(index, E, plan.down.m)
-    x_rows = spread(x, routing, K)
-    h, z = _linear(x_rows, up, up_a, up_b, routing, plan.down, bias=up_bias)
+    routing = route(index, E, plan.up.m)
+    if up_a is None:
+        x_rows, z = spread(x, routing, K), None
+    else:
+        x_rows, z = spread_low_rank(x, up_a, routing, K, _passing(up_a.shape[1], x))
+    up_adapter = None if z is None else Adapter(z, up_b)
+    h, a = up_projection(
+        x_rows,
+        up,
+        routing,
+        gating,
+        plan.up_rows,
+        bias_EH=up_bias,
+        adapter=up_adapter,
+        store_h=True,
+    )
+    assert h is not None
+    assert a is not None
     del x_rows
-    y, _ = _linear(apply_gate(h, gating), down, down_a, down_b, routing, plan.down, bias=down_bias)
+    down_adapter = None if down_a is None else Adapter(_low_rank(a, down_a, routing), down_b)
+    y = grouped_linear(a, down, routing, plan.down, bias_EO=down_bias, adapter=down_adapter)
     return combine(y, weight, routing, K), h, x.new_empty(0) if z is None else z, *routing[:4]
 
 
@@ -105,31 +130,39 @@ def _backward(
     none = dout.new_empty(0)
     dx = dup_a = dup_b = ddown_a = ddown_b = none
     plan = Plan.of(x.device, x.dtype, T * K // E)
-    routing = Routing(row, position, offset, tile, plan.down.m)
-    dout_rows = spread(dout, routing, K)
-    # Each gradient of an input is an adapted linear of its own, with both factors swapped and turned.
-    down_pair = (None, None) if down_a is None else (down_b.transpose(1, 2), down_a.transpose(1, 2))
-    da, dz = _linear(dout_rows, down.transpose(1, 2), down_pair[0], down_pair[1], routing, plan.down)
-    dh, wa, dweight = gating_gradient(
-        h, da, weight, routing, gating, index_TK=index, dout_TD=dout, bias_ED=down_bias, store_a=down_a is not None
-    )
+    routing = Routing(row, position, offset, tile, plan.up.m)
+    # The gradient of each input is a linear with an adapter of its own: both factors swapped and turned.
+    dz = down_adapter = None
+    if down_b is not None:
+        # Read from the tokens as dout is below: a copy of the rows would cost more than it saves.
+        _, dz = spread_low_rank(dout, down_b.transpose(1, 2), routing, K, _passing(down_b.shape[2], x), store=False)
+        down_adapter = Adapter(dz, down_a.transpose(1, 2))
+    da = grouped_linear(dout, down.transpose(1, 2), routing, plan.gate_gradient, adapter=down_adapter, per_token=K)
+    rank = max(0 if a is None else a.shape[1] for a in (up_a, down_a))
+    if 0 < rank <= _ONE_PASS_RANK:
+        dh, dweight, up_dz, dup_b, aa, ddown_a = adapted_gating_gradient(
+            h, da, weight, routing, gating, _gating_tile(h), dout_TD=dout, bias_ED=down_bias,
+            up=None if up_a is None else (z, up_b), down=None if down_a is None else (dz, down_a),
+        )  # fmt: skip
+    else:
+        dh, wa, dweight = gating_gradient(
+            h, da, weight, routing, gating, index_TK=index, dout_TD=dout, bias_ED=down_bias, store_a=down_a is not None
+        )
+        if up_a is not None:
+            up_dz, dup_b = _low_rank(dh, up_b.transpose(1, 2), routing), _low_rank_gradient(dh, z, routing)
+        if down_a is not None:
+            aa, ddown_a = _low_rank(wa, down_a, routing), _low_rank_gradient(wa, dz, routing)
+        del wa
+    del da
     if down_a is not None:
-        # wa carries the routing weight, so neither dz nor dout needs it.
-        ddown_a = _low_rank_gradient(wa, dz, routing).transpose(1, 2).contiguous()
-        ddown_b = _low_rank_gradient(dout_rows, _low_rank(wa, down_a, routing), routing)
-    del dout_rows, da, wa
-    if needs_x or up_a is not None:
-        up_pair = (None, None) if up_a is None else (up_b.transpose(1, 2), up_a.transpose(1, 2))
-        if needs_x:
-            dx_rows, dz = _linear(dh, up.transpose(1, 2), up_pair[0], up_pair[1], routing, plan.down)
-            dx = combine(dx_rows, None, routing, K)
-            del dx_rows
-        else:
-            assert up_pair[0] is not None
-            dz = _low_rank(dh, up_pair[0], routing)
+        # aa carries the routing weight, so neither dz nor dout needs it.
+        ddown_a, ddown_b = ddown_a.transpose(1, 2).contiguous(), _low_rank_gradient(dout, aa, routing, K)
     if up_a is not None:
-        dup_a = _low_rank_gradient(x, dz, routing, K).transpose(1, 2).contiguous()
-        dup_b = _low_rank_gradient(dh, z, routing)
+        dup_a = _low_rank_gradient(x, up_dz, routing, K).transpose(1, 2).contiguous()
+    if needs_x:
+        adapter = None if up_a is None else Adapter(up_dz, up_a.transpose(1, 2))
+        dx_rows = grouped_linear(dh, up.transpose(1, 2), routing, plan.x_gradient, adapter=adapter)
+        dx = combine(dx_rows, None, routing, K)
     found = (dup_a, dup_b, ddown_a, ddown_b)
     adapters = (g if need else none.clone() for g, need in zip(found, needs_adapters, strict=True))
     return dx if needs_x else none.clone(), dweight if needs_weight else none.clone(), *adapters

@@ -85,10 +85,30 @@ def spread(x_TD: Tensor, row_N: Tensor, K: int) -> Tensor:
     return x_TD[row_N // K]
 
 
+def spread_low_rank(x_TD: Tensor, a_ERD: Tensor, row_N: Tensor, offset_E1: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """The rows, and z[n] = a[e] @ y[n]."""
+    y_ND = spread(x_TD, row_N, K)
+    return y_ND, grouped_linear(y_ND, a_ERD, offset_E1)
+
+
 def weight_gradient(left_NO: Tensor, right_NI: Tensor, offset_E1: Tensor) -> Tensor:
     """dw[e] = Σ left[n] ⊗ right[n] over the expert's rows."""
     pairs = zip(offset_E1[:-1].tolist(), offset_E1[1:].tolist(), strict=True)
     return torch.stack([left_NO[first:last].T @ right_NI[first:last] for first, last in pairs])
+
+
+def adapted_gating_gradient(
+    h_NH: Tensor, da_NF: Tensor, weight_N: Tensor, offset_E1: Tensor, gating: Gating, up, down, y_bias_N=None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dh, the gradient of the rows' weights, and the narrow products with up = (z, up_b) and down = (dz, down_a)."""
+    (z_NR, up_b_EHR), (dz_NS, down_a_ESF) = up, down
+    dh_NH, wa_NF, dweight_N = gating_gradient(h_NH, da_NF, weight_N, gating, y_bias_N)
+    up_dz_NR, aa_NS = (
+        grouped_linear(dh_NH, up_b_EHR.transpose(1, 2), offset_E1),
+        grouped_linear(wa_NF, down_a_ESF, offset_E1),
+    )
+    dup_b_EHR, ddown_a_EFS = weight_gradient(dh_NH, z_NR, offset_E1), weight_gradient(wa_NF, dz_NS, offset_E1)
+    return dh_NH, dweight_N, up_dz_NR, dup_b_EHR, aa_NS, ddown_a_EFS
 
 
 def bias_gradient(y_NC: Tensor, offset_E1: Tensor, weight_N: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """The first projection of every expert: rows gathered from the tokens, the gate applied before anything is stored.
 
-Letters: T tokens, K experts a token, N = T·K routed rows, D hidden, F expert width, H = 2F (gated) or F, E experts.
+Letters: T tokens, K experts a token, N = T·K routed rows, D hidden, F expert width, H = 2F (gated) or F, E experts,
+R rank of an adapter.
 """
 
 import torch
@@ -10,7 +11,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .gating import Gating, act_and_slope, gate_forward
-from .grouped_linear import dot_rows, tile_of
+from .grouped_linear import Adapter, dot_rows, tile_of
 from .routing import Routing
 from .tuning import Tile, cdiv
 
@@ -19,6 +20,8 @@ from .tuning import Tile, cdiv
 def _up_projection_kernel(
     x,
     w,
+    z,
+    b,
     bias_ptr,
     h_desc,
     a_desc,
@@ -29,11 +32,15 @@ def _up_projection_kernel(
     capacity,
     N_IN,
     F,
+    R,
     PER_TOKEN,
     x_stride,
     w_stride_e,
     w_stride_o,
     w_stride_i,
+    b_stride_e,
+    b_stride_o,
+    b_stride_r,
     alpha,
     limit,
     up_offset,
@@ -49,6 +56,7 @@ def _up_projection_kernel(
     W_TMA: tl.constexpr,
     STORE_TMA: tl.constexpr,
     IN_FIRST: tl.constexpr,
+    ADAPTED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -72,6 +80,8 @@ def _up_projection_kernel(
         total = dot_rows(
             x,
             w,
+            z,
+            b,
             row_ptr,
             expert,
             first,
@@ -79,15 +89,20 @@ def _up_projection_kernel(
             column * (BN // G),
             N_IN,
             group_out,
+            R,
             PER_TOKEN,
             x_stride,
             w_stride_e,
             w_stride_o,
             w_stride_i,
+            b_stride_e,
+            b_stride_o,
+            b_stride_r,
             GATHER,
             X_TMA,
             W_TMA,
             IN_FIRST,
+            ADAPTED,
             G,
             BM,
             BN,
@@ -149,12 +164,13 @@ def up_projection(
     *,
     per_token: int | None = None,
     bias_EH: torch.Tensor | None = None,
+    adapter: Adapter | None = None,
     store_h: bool,
     store_a: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The first projection and its gate, for every routed row.
 
-        h[n] = weight[e] @ x[row] + bias[e]        a[n] = gate(h[n])
+        h[n] = weight[e] @ x[row] + b[e] @ z[n] + bias[e]        a[n] = gate(h[n])
 
     with row = n, or routing.row[n] // per_token when that is given.
 
@@ -162,22 +178,25 @@ def up_projection(
         x: (N, D) rows sorted by expert or, with per_token, (T, D) tokens; fp32, bf16 or fp16, contiguous in D.
         weight_EHD: x's dtype, any strides.
         gating: see `Gating`; it also names the order of weight's rows.
+        adapter: z and b, for a term of low rank in the same sum.
         store_h, store_a: which of the two to write.
     Returns:
         (h_NH or None, a_NF or None). The gate reads h as it is stored, rounded to x's dtype. Rows of no expert stay
         unwritten.
-    Cost: 2·N·D·H FLOPs; not storing h saves 2·N·H bytes.
+    Cost: 2·N·H·(D + R) FLOPs; not storing h saves 2·N·H bytes.
     """
     _, n_h, n_in = weight_EHD.shape
     F, N = n_h // gating.fan, routing.row_N.numel()
     groups = 2 if gating.gated and not gating.interleaved else 1
     h_NH = x.new_empty((N, n_h)) if store_h else None
     a_NF = x.new_empty((N, F)) if store_a else None
-    x_tma = per_token is None and can_describe(x)
     in_first = weight_EHD.stride(2) != 1
+    adapter = adapter and adapter.beside(in_first)
+    described = adapter is None or adapter.described(in_first)
+    x_tma = per_token is None and can_describe(x) and described
     stored = weight_EHD.transpose(1, 2) if in_first else weight_EHD
     # A group of columns starts at a multiple of F, which must be 16-byte aligned too.
-    w_tma = can_describe(stored) and (groups == 1 or not in_first or F * x.element_size() % 16 == 0)
+    w_tma = can_describe(stored) and described and (groups == 1 or not in_first or F * x.element_size() % 16 == 0)
     h_desc = a_desc = None
     store_tma = tile.tma_store and gating.gated and F * x.element_size() % 16 == 0 and can_describe(stored)
     if store_tma and h_NH is not None:
@@ -185,9 +204,12 @@ def up_projection(
     if store_tma and a_NF is not None:
         a_desc = create_ragged_descriptor(a_NF.view(N, 1, F), [tile.m, 1, tile.n // 2])
     work = routing.max_tiles * cdiv(n_h, tile.n)
+    z_NR, b_EHR = adapter or (None, None)
     _up_projection_kernel[(programs(tile, work, x.device),)](
         row_descriptor(x, tile.m, tile.k) if x_tma else x,
         weight_descriptor(weight_EHD, groups, tile.n, tile.k) if w_tma else weight_EHD,
+        row_descriptor(z_NR, tile.m, tile.k) if x_tma and adapter else z_NR,
+        weight_descriptor(b_EHR, groups, tile.n, tile.k) if w_tma and adapter else b_EHR,
         bias_EH,
         h_desc,
         a_desc,
@@ -198,9 +220,11 @@ def up_projection(
         routing.capacity,
         n_in,
         F,
+        z_NR.shape[1] if adapter else 0,
         per_token or 1,
         x.stride(0),
         *weight_EHD.stride(),
+        *(b_EHR.stride() if adapter else (0, 0, 0)),
         gating.alpha,
         gating.limit if gating.limit is not None else 0.0,
         gating.up_offset,
@@ -216,6 +240,7 @@ def up_projection(
         W_TMA=w_tma,
         STORE_TMA=store_tma,
         IN_FIRST=in_first,
+        ADAPTED=adapter is not None,
         BM=tile.m,
         BN=tile.n,
         BK=tile.k,

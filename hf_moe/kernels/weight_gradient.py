@@ -31,8 +31,15 @@ def _rows_of(x, row_ptr, first, last, at, column, COLUMNS, PER_TOKEN, TMA: tl.co
 
 
 @triton.jit
-def _block_of(work, out_tiles, in_tiles, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Expert and corner of a block; a few output tiles at a time, so that both sides' rows are found in L2."""
+def _block_of(work, E, out_tiles, in_tiles, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Expert and corner of a block; a few output tiles at a time, so that both sides' rows are found in L2.
+
+    With GROUP 0 all experts first: they walk through the tokens side by side, and read each once from memory.
+    """
+    if GROUP == 0:
+        expert = work % E
+        within = work // E
+        return expert, (within // in_tiles) * BM, (within % in_tiles) * BN
     expert = work // (out_tiles * in_tiles)
     within = work % (out_tiles * in_tiles)
     width = GROUP * in_tiles
@@ -100,7 +107,7 @@ def _weight_gradient_kernel(
         for _ in tl.range(steps):
             if at + BK >= last - first:
                 work += tl.num_programs(0)
-                expert, out, column = _block_of(tl.minimum(work, works - 1), out_tiles, in_tiles, BM, BN, GROUP)
+                expert, out, column = _block_of(tl.minimum(work, works - 1), E, out_tiles, in_tiles, BM, BN, GROUP)
                 first = tl.load(offset_ptr + expert)
                 last = tl.load(offset_ptr + expert + 1)
                 at = 0
@@ -116,7 +123,7 @@ def _weight_gradient_kernel(
                 total = tl.zeros((BM, BN), tl.float32)
     else:
         for work in range(tl.program_id(0), works, tl.num_programs(0)):
-            expert, out, column = _block_of(work, out_tiles, in_tiles, BM, BN, GROUP)
+            expert, out, column = _block_of(work, E, out_tiles, in_tiles, BM, BN, GROUP)
             first = tl.load(offset_ptr + expert)
             last = tl.load(offset_ptr + expert + 1)
             total = tl.zeros((BM, BN), tl.float32)

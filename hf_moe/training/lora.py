@@ -7,10 +7,11 @@ peft itself forms W + scaling · B @ A for every expert in every step, and the g
 
 import copy
 import re
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
 
@@ -29,10 +30,12 @@ class ParamWrapper(peft_layer.ParamWrapper):
     merging, several adapters, rank patterns. Its name is too, because peft knows a wrapper by it. Dropout, which peft
     refuses, acts on the input of A, one draw for each routed row.
 
-    Where the model's experts are not "hf_moe_triton" or are themselves trained, peft's own forward runs.
+    Where the model's experts are not "hf_moe_triton" or are themselves trained, peft's own forward runs. Experts that
+    are split over processes are refused: the adapters would be whole on each of them.
     """
 
     def __init__(self, base_layer, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs) -> None:
+        _refuse_split(base_layer)
         # Its own check comes before `update_layer`.
         super().__init__(base_layer, adapter_name, parameter_name, config=_without_dropout(config), **kwargs)
         self._set_dropout(adapter_name, config)
@@ -84,6 +87,16 @@ def _without_dropout(config: LoraConfig) -> LoraConfig:
     return config
 
 
+def _refuse_split(module: Any) -> None:
+    while isinstance(module, peft_layer.ParamWrapper):
+        module = module.base_layer
+    if getattr(module, "_is_expert_parallel", False):
+        raise ValueError(
+            f"LoRA on experts does not work under expert parallelism, and a process has {module.num_experts} of the "
+            "experts here: load the model with ep_size=1, or take the preset 'attention'"
+        )
+
+
 def _implementation(module: Any) -> str | None:
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
@@ -104,7 +117,7 @@ def use_grouped_lora(model: Model) -> Model:
     target_parameters. Parameters, names and files stay as they are.
 
     Raises:
-        ValueError: the model has no adapter on an experts module.
+        ValueError: the model has no adapter on an experts module, or its experts are split over processes.
     """
     wrappers = [
         module
@@ -114,8 +127,30 @@ def use_grouped_lora(model: Model) -> Model:
     if not wrappers:
         raise ValueError(f"{type(model).__name__} has no LoRA on experts: 0 modules with adapted expert parameters")
     for module in wrappers:
+        _refuse_split(module)
         module.__class__ = ParamWrapper
     return model
+
+
+def load_lora(model: nn.Module, folder: str | Path, **options: Any) -> PeftModel:
+    """A saved adapter on the model that it was made for, experts in the grouped computation.
+
+    `PeftModel.from_pretrained` and `use_grouped_lora`, and it also takes adapters that were trained with dropout on
+    experts, which peft's own wrapper refuses.
+
+    Args:
+        model: as it was before `get_peft_model`.
+        folder: what `save_pretrained` wrote, ours or peft's; or a Hub id.
+        options: of `PeftModel.from_pretrained` (is_trainable, adapter_name, revision, …).
+    """
+    config = PeftConfig.from_pretrained(folder)
+    _take_over(config, model)
+    return PeftModel.from_pretrained(model, folder, config=config, **options)
+
+
+def _take_over(config: LoraConfig, model: nn.Module) -> None:
+    """Let our wrapper adapt the parameters of experts."""
+    config._register_custom_module({type(module): ParamWrapper for module in model.modules() if is_experts(module)})
 
 
 def lora_config(preset: str, *, model: nn.Module, **options: Any) -> LoraConfig:
@@ -132,7 +167,7 @@ def lora_config(preset: str, *, model: nn.Module, **options: Any) -> LoraConfig:
     """
     if preset not in PRESETS:
         raise ValueError(f"there is no LoRA preset {preset!r}: the {len(PRESETS)} presets are {', '.join(PRESETS)}")
-    attention, other, expert_types, parameters = set(), set(), set(), set()
+    attention, other, parameters = set(), set(), set()
     for name, module in model.named_modules():
         where = re.split(r"\.\d+\.", f".{name}")[-1]
         if isinstance(module, nn.Linear) and where != f".{name}":
@@ -141,7 +176,6 @@ def lora_config(preset: str, *, model: nn.Module, **options: Any) -> LoraConfig:
             elif not re.search(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)", where):
                 other.add(where)
         elif is_experts(module):
-            expert_types.add(type(module))
             parameters |= {f"{where}.{key}" for key in ("gate_up_proj", "up_proj", "down_proj") if hasattr(module, key)}
     wanted = {
         "attention": [("linear layers below a module named *attn* or *attention*", attention)],
@@ -164,5 +198,5 @@ def lora_config(preset: str, *, model: nn.Module, **options: Any) -> LoraConfig:
         **options,
     )
     if preset != "attention":
-        config._register_custom_module(dict.fromkeys(expert_types, ParamWrapper))
+        _take_over(config, model)
     return config

@@ -27,6 +27,17 @@ def test_finetune_trainer(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "experts" / "load.png").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [(), ("--preset", "all", "--dropout", "0.1", "--checkpointing")], ids=["plain", "all"]
+)
+def test_finetune_lora(tmp_path, monkeypatch, capsys, words):
+    run("finetune_lora.py", monkeypatch, "--tiny", "--merge", "--output", tmp_path, *words)
+    first, last = (float(word) for word in capsys.readouterr().out.split("\nloss ")[1].split(",")[0].split(" → "))
+    assert last < 0.8 * first
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl and datasets")
 def test_finetune_trl(tmp_path, monkeypatch, capsys):
     run("finetune_trl.py", monkeypatch, "--tiny", "--output", tmp_path)
@@ -34,11 +45,17 @@ def test_finetune_trl(tmp_path, monkeypatch, capsys):
     assert last < 0.8 * first
 
 
-def test_continue_pretraining(tmp_path, monkeypatch):
+def test_continue_pretraining(tmp_path, monkeypatch, capsys):
+    (tmp_path / "README.md").write_text("before\n\n| model | loss |\n|---|---|\n| old | 1 |\n\nafter\n")
     run("continue_pretraining.py", monkeypatch, "--tiny", "--inits", "dense", "copy", "--output", tmp_path)
     # A later run adds to the table.
     run("continue_pretraining.py", monkeypatch, "--tiny", "--inits", "split", "drop", "--output", tmp_path)
+    assert "s of training left" in capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n\n| model | parameters")
+    assert readme.endswith("\n\nafter\n")
+    assert all(f"\n| {row['init']}: " in readme and f"{row['heldout_loss']:.4f}" in readme for row in rows)
     assert [row["init"] for row in rows] == ["dense", "copy", "split", "drop"]
     assert {row["tokens"] for row in rows} == {128}
     curves = json.loads((tmp_path / "curves.json").read_text())["curves"]

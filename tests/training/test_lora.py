@@ -16,7 +16,7 @@ from transformers import (
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 from hf_moe.kernels.experts import NAME
-from hf_moe.training.lora import lora_config, use_grouped_lora
+from hf_moe.training.lora import load_lora, lora_config, use_grouped_lora
 
 # peft announces its own coming changes.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -87,9 +87,9 @@ def peft_own(model):
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_as_peft_computes_it(name):
-    model = adapted(name)
+@pytest.mark.parametrize(("name", "rank"), [*((name, 4) for name in MODELS), ("qwen3_moe", 1), ("qwen3_moe", 16)])
+def test_as_peft_computes_it(name, rank):
+    model = adapted(name, r=rank)
     found = outcome(model)
     assert found["logits"].isfinite().all()
     same(found, outcome(peft_own(model)))
@@ -124,6 +124,14 @@ def test_files_go_both_ways_with_peft(tmp_path):
     plain.save_pretrained(tmp_path / "plain")
     ours = use_grouped_lora(PeftModel.from_pretrained(base(), tmp_path / "plain", is_trainable=True))
     same(outcome(ours), wanted)
+
+
+def test_a_file_of_adapters_with_dropout(tmp_path):
+    model = adapted(lora_dropout=0.3, r=8).eval()
+    model.save_pretrained(tmp_path)
+    again = load_lora(base(), tmp_path, is_trainable=True)
+    assert {p.requires_grad for n, p in again.named_parameters() if "lora" in n} == {True}
+    torch.testing.assert_close(again.eval()(TOKENS).logits, model(TOKENS).logits)
 
 
 def _saved(model, folder):
@@ -207,6 +215,20 @@ def test_one_graph():
     x, index, weight = torch.randn(8, 32), torch.randint(4, (8, 2)), torch.rand(8, 2)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, index, weight), layer(x, index, weight))
+
+
+def test_experts_that_are_split_over_processes_are_refused():
+    def split(model):
+        for layer in model.model.layers:
+            layer.mlp.experts._is_expert_parallel, layer.mlp.experts.num_experts = True, 2
+        return model
+
+    model = split(base())
+    with pytest.raises(ValueError, match="expert parallelism, and a process has 2 of the experts"):
+        get_peft_model(model, lora_config("experts", model=model))
+    plain = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    with pytest.raises(ValueError, match="expert parallelism"):
+        use_grouped_lora(get_peft_model(split(base()), plain))
 
 
 def test_presets():

@@ -6,10 +6,12 @@ from cases import NAMED, Shape, assert_as_good, index, normal, poison, shapes
 from hypothesis import given, settings
 
 from hf_moe.kernels import reference, routing
+from hf_moe.kernels.adapted_gating import adapted_gating_gradient
 from hf_moe.kernels.combine import combine, spread
 from hf_moe.kernels.gating import Gating, gating_gradient
 from hf_moe.kernels.grouped_linear import grouped_linear
 from hf_moe.kernels.routing import route
+from hf_moe.kernels.spread_low_rank import spread_low_rank
 from hf_moe.kernels.tuning import Tile
 from hf_moe.kernels.up_projection import up_projection
 from hf_moe.kernels.weight_gradient import bias_gradient, weight_gradient
@@ -144,6 +146,62 @@ def test_gating_gradient(gating, biased):
     assert not dweight_N[row[owned:]].any()
 
 
+@gatings
+@pytest.mark.parametrize("columns", [16, 32])
+def test_adapted_gating_gradient(gating, columns):
+    shape = NAMED["sentinels"]
+    N, H, rank = shape.T * shape.K, gating.fan * shape.F, 5
+    index_TK = index(shape)
+    routing = route(index_TK, shape.E, 16)
+    owned, row = int(routing.offset_E1[-1]), routing.row_N.long()
+    weight_TK, dout, bias = normal(shape.T, shape.K), normal(shape.T, shape.D), normal(shape.E, shape.D)
+    y_bias = (dout[row // shape.K] * bias[index_TK.reshape(-1)[row].clamp(max=shape.E - 1)]).sum(-1)
+    up = normal(N, rank), normal(shape.E, rank, H).transpose(1, 2)
+    down = normal(N, rank, seed=1), normal(shape.E, rank, shape.F)
+    h, da, weight_N = normal(N, H), normal(N, shape.F), weight_TK.reshape(-1)[row]
+    plain = reference.adapted_gating_gradient(h, da, weight_N, routing.offset_E1, gating, up, down, y_bias)
+    wide_up, wide_down = (tuple(t.double() for t in pair) for pair in (up, down))
+    truth = reference.adapted_gating_gradient(
+        h.double(), da.double(), weight_N.double(), routing.offset_E1, gating, wide_up, wide_down, y_bias.double()
+    )
+    poison()
+    found = adapted_gating_gradient(
+        h,
+        da.clone(),
+        weight_TK,
+        routing,
+        gating,
+        Tile(16, columns, 0, 4, 2),
+        up=up,
+        down=down,
+        dout_TD=dout,
+        bias_ED=bias,
+    )
+    for name, f, p, t in zip(found._fields, found, plain, truth, strict=True):
+        if name == "dweight_TK":
+            f = f.reshape(-1)[row]
+            assert not f[owned:].any()
+        if len(f) == N:
+            f, p, t = f[:owned], p[:owned], t[:owned]
+        assert_as_good(f, p, t, name)
+
+
+@some
+def test_spread_low_rank(shape):
+    routing = route(index(shape), shape.E, 16)
+    owned, row = int(routing.offset_E1[-1]), routing.row_N.long()
+    x, a = normal(shape.T, shape.D), normal(shape.E, shape.D, 3).transpose(1, 2)
+    y, z = reference.spread_low_rank(x, a, row, routing.offset_E1, shape.K)
+    truth = reference.spread_low_rank(x.double(), a.double(), row, routing.offset_E1, shape.K)[1]
+    poison()
+    found_y, found_z = spread_low_rank(x, a, routing, shape.K, Tile(16, 16, 32, 4, 2))
+    assert torch.equal(found_y[:owned], y[:owned])
+    assert_as_good(found_z[:owned], z[:owned], truth[:owned])
+    nothing, again = spread_low_rank(x, a, routing, shape.K, Tile(16, 16, 32, 4, 2), store=False)
+    assert nothing is None
+    assert torch.equal(again[:owned], found_z[:owned])
+
+
 @some
 def test_combine_and_spread(shape):
     routing = route(index(shape), shape.E, 16)
@@ -158,7 +216,7 @@ def test_combine_and_spread(shape):
 
 
 @some
-@tiles
+@pytest.mark.parametrize("tile", [*TILES.values(), PLAIN._replace(group=0)], ids=[*TILES, "experts first"])
 def test_weight_gradient(shape, tile):
     routing = route(index(shape), shape.E, 16)
     left, x_TD = normal(shape.T * shape.K, shape.F), normal(shape.T, shape.D)
