@@ -3,7 +3,8 @@
 import pytest
 import torch
 from tiny import TINY, random_ids, tiny_config, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from hf_moe.model.absorbed_hf_moe import absorbed_attention, absorption_pays
 from hf_moe.model.attention_hf_moe import HfMoeAttention
@@ -89,6 +90,33 @@ def test_cached_steps_equal_one_pass(variant, kind):
     steps = [ids[:, :9], ids[:, 9:12], *ids[:, 12:].split(1, dim=1)]
     logits = torch.cat([model(step, past_key_values=cache).logits for step in steps], dim=1)
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+
+
+class RoundedLayer(DynamicLayer):
+    """What an 8-bit cache gives back: everything rounded at the first tokens' scale, those first tokens as they are."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        given = key_states, value_states
+        first = not self.is_initialized
+        if first:
+            self.scales = [x.abs().amax() / torch.finfo(torch.float8_e4m3fn).max for x in given]
+        rounded = [(x / s).to(torch.float8_e4m3fn).float() * s for x, s in zip(given, self.scales, strict=True)]
+        kept = super().update(*rounded)
+        return given if first else kept
+
+
+@torch.no_grad()
+def test_eight_bit_cache(variant):
+    model, ids = tiny_model(variant), random_ids(2, 14)
+    if model.config.sliding_window is not None:
+        pytest.skip("Transformers' quantised caches have no sliding windows")
+    caches = QuantizedCache(backend="fp8", config=model.config), DynamicCache(config=model.config)
+    caches[1].layers = [RoundedLayer() for _ in caches[1].layers]
+    for step in (ids[:, :9], ids[:, 9:12], ids[:, 12:13], ids[:, 13:]):
+        logits, expected = (model(step, past_key_values=cache).logits for cache in caches)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    for layer, width in zip(caches[0].layers, model.config.cache_widths, strict=True):
+        assert (layer._quantized_keys[0].nbytes + layer._quantized_values[0].nbytes) // ids.numel() == width
 
 
 @torch.no_grad()
