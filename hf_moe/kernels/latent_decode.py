@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import latent_hopper
-from .descriptors import dot_precision, processors
+from .descriptors import dense_rows, dot_precision, processors
 from .latent_join import join
 from .tuning import cdiv, power_of_2
 
@@ -23,7 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _attend_kernel(
     q_latent_ptr, q_rot_ptr, latent_ptr, k_rot_ptr, slot_ptr, mask_ptr, start_ptr, end_ptr, query_ptr, out_ptr, log_ptr,
     latent_b, rot_b, jump, end_b, mask_b, mask_h, mask_s, mask_l,
-    S, L, HEADS, head_rows, N, scale, cap, window,
+    S, L, HEADS, head_rows, rot_row, N, scale, cap, window,
     G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, LATENT_L: tl.constexpr, ROT_L: tl.constexpr, HALF: tl.constexpr,
     MASK: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     DIRECT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -47,7 +47,7 @@ def _attend_kernel(
     h = g * HEADS + r // tl.maximum(S, 1)
     row = first_row + h.to(tl.int64) * head_rows + s  # of queries and of results
     is_row = r < R
-    q_rot = tl.load(q_rot_ptr + row[:, None] * P + p, mask=is_row[:, None] & (p < P), other=0.0)
+    q_rot = tl.load(q_rot_ptr + row[:, None] * rot_row + p, mask=is_row[:, None] & (p < P), other=0.0)
     if q_latent_ptr is not None:
         q_latent = tl.load(q_latent_ptr + row[:, None] * C + c, mask=is_row[:, None] & (c < C), other=0.0)
 
@@ -169,11 +169,12 @@ def _latent_decode(
     half = latent.shape[-1] if slots is not None else 0
     jump = (k_rot.data_ptr() - latent.data_ptr()) // latent.element_size() - half if half else 0
     device, dtype = q_rot.device, latent.dtype
-    q_rot = q_rot.contiguous()
+    # A part of a wider query is read where it lies.
+    q_rot_rows = dense_rows(q_rot.flatten(0, 2))
     q_latent = None if q_latent is None else q_latent.contiguous()
     R = H // G * longest_query
     block_c, block_p = max(power_of_2(C), 16), max(power_of_2(P), 16)
-    on_hopper = slots is None and query_start is None and latent_hopper.suits(q_latent, q_rot, latent, k_rot, mask)
+    on_hopper = slots is None and query_start is None and latent_hopper.suits(q_latent, q_rot_rows, latent, k_rot, mask)
     if on_hopper:
         tile = Tile(64, 64, 12, 2)
     else:
@@ -191,7 +192,7 @@ def _latent_decode(
     if on_hopper:
         assert q_latent is not None
         latent_hopper.attend(
-            q_latent, q_rot, latent, k_rot, mask, start, end, part, log,
+            q_latent, q_rot_rows, latent, k_rot, mask, start, end, part, log,
             G, longest_key, N, causal, scaling, softcap, window,
         )  # fmt: skip
         if not direct:
@@ -203,9 +204,9 @@ def _latent_decode(
         strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
         by_row = mask.shape[1] > 1 or mask.shape[2] > 1
     _attend_kernel[(row_blocks, N, sequences * G)](
-        q_latent, q_rot, latent, latent if half else k_rot, slots, mask, start, end, query_start, part, log,
+        q_latent, q_rot_rows, latent, latent if half else k_rot, slots, mask, start, end, query_start, part, log,
         _apart(latent, slots), _apart(k_rot, slots), jump, latent_hopper.stride_of(end), *strides,
-        S, longest_key, H // G, S, N, scaling, softcap, window,
+        S, longest_key, H // G, S, q_rot_rows.stride(0), N, scaling, softcap, window,
         G, C, P, latent.stride(-2), k_rot.stride(-2), half, kind, by_row, causal, window > 0, softcap > 0, direct,
         dot_precision(dtype), tile.rows, tile.tokens, block_c, block_p, tile.tokens if by_row else 1024,
         num_warps=tile.warps, num_stages=tile.stages,

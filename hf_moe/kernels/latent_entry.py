@@ -26,7 +26,7 @@ def _enter_kernel(
     query_ptr, latent_key_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, rotated_ptr, latent_ptr, k_rot_ptr,
     cos_b, cos_s, latent_b, latent_l, k_rot_b, k_rot_l, S, eps,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_SLOT: tl.constexpr, INTERLEAVE: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_SLOT: tl.constexpr, ADVANCE: tl.constexpr, INTERLEAVE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -46,7 +46,10 @@ def _enter_kernel(
     else:
         slot = s
         if HAS_SLOT:
-            slot += tl.load(slot_ptr)
+            begin = tl.load(slot_ptr)
+            slot += begin
+            if ADVANCE:
+                tl.store(slot_ptr, begin + 1)
         row = latent_key_ptr + t * (C + G * P)
         c = tl.arange(0, BLOCK_C)
         latent = tl.load(row + c, mask=c < C, other=0.0)
@@ -86,7 +89,7 @@ def latent_entry(
         norm_C: weight of the latent's RMS norm, with `eps`; None for no norm.
         interleave: pairs stand side by side in both projections. Rotated ones stand half a width apart either way.
         cache: latents (B, 1, L, C), keys (B, 1, L, G·P) and a scalar int64: the slot of the first token. They are
-            written in place, and the scalar is left as it is.
+            written in place, and the scalar moves on by S.
     Returns:
         queries (B, H, S, N + P), contiguous; then the two tensors of `cache`, or new ones with L = S.
     Gradients: none. Cost: everything is read and written once, one launch.
@@ -104,6 +107,8 @@ def latent_entry(
         latent, k_rot, slot = cache
     if B * S == 0:
         return rotated, latent, k_rot
+    # Only one program reads the slot of a single token, so it may write it too.
+    alone = B * S == 1
     block_n = power_of_2(max(nope, 1))
     block_h = max(1, min(power_of_2(heads), 4096 // max(block_n, power_of_2(P))))
     _enter_kernel[(B * S, cdiv(heads, block_h) + 1)](
@@ -111,7 +116,9 @@ def latent_entry(
         cos if slot is None else slot, rotated, latent, k_rot,
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         latent.stride(0), latent.stride(2), k_rot.stride(0), k_rot.stride(2), S, eps,
-        heads, G, C, P, nope, norm_C is not None, slot is not None, interleave,
+        heads, G, C, P, nope, norm_C is not None, slot is not None, alone, interleave,
         block_h, power_of_2(G), power_of_2(C), block_n, power_of_2(P // 2),
     )  # fmt: skip
+    if slot is not None and not alone:
+        slot.add_(S)
     return rotated, latent, k_rot

@@ -244,18 +244,18 @@ def _attend_kernel(
     )  # fmt: skip
 
 
-def suits(q_latent: Tensor | None, q_rot: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None) -> bool:
+def suits(q_latent: Tensor | None, q_rot_rows: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernel takes these: 16-bit, at most 512 and 128 wide in steps of 8, no mask by head or query."""
     if q_latent is None or latent.dtype not in (torch.bfloat16, torch.float16) or latent.device.type != "cuda":
         return False
     if torch.cuda.get_device_capability(latent.device)[0] != 9:
         return False
-    C, P = latent.shape[-1], q_rot.shape[-1]
+    C, P = latent.shape[-1], q_rot_rows.shape[-1]
     if C > 512 or C % 8 or P > 128 or P % 8:
         return False
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] > 1 or mask.shape[2] > 1):
         return False
-    return can_describe(latent) and can_describe(k_rot)
+    return all(can_describe(x) for x in (q_rot_rows, latent, k_rot))
 
 
 def _stages(wide: int, wide_p: int) -> int:
@@ -275,22 +275,22 @@ def stride_of(end: Tensor | None) -> int:
 
 
 def attend(
-    q_latent: Tensor, q_rot: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None, start: Tensor | None,
+    q_latent: Tensor, q_rot_rows: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None, start: Tensor | None,
     end: Tensor | None, out: Tensor, log: Tensor, G: int, L: int, N: int, causal: bool, scaling: float, softcap: float,
     window: int,
 ) -> None:  # fmt: skip
     """Averages of N parts of the context in `out` (rows, N, C) and log₂ of their divisors in `log`; N = 1: the result.
 
     Args:
-        q_latent, q_rot: (B, H, S, C) and (B, H, S, P), contiguous. latent, k_rot: (B, 1, L, C) and (B, 1, L, X).
+        q_latent: (B, H, S, C), contiguous. q_rot_rows: (B·H·S, P). latent, k_rot: (B, 1, L, C) and (B, 1, L, X).
         Others as in `latent_decode`.
     """
-    B, H, S, P = q_rot.shape
+    (B, H, S, _), P = q_latent.shape, q_rot_rows.shape[-1]
     C, R = latent.shape[-1], H // G * S
     wide, wide_p = max(power_of_2(C), 128), max(power_of_2(P), 16)
     mask_b, mask_l = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
     _attend_kernel[(cdiv(R, 64), N, B * G)](
-        _descriptor(q_latent.view(-1, C), [64, wide // 2]), _descriptor(q_rot.view(-1, P), [64, wide_p]),
+        _descriptor(q_latent.view(-1, C), [64, wide // 2]), _descriptor(q_rot_rows, [64, wide_p]),
         _descriptor(latent.squeeze(1), [1, 64, wide // 2]), _descriptor(k_rot.squeeze(1), [1, 64, wide_p]), out, log,
         out if mask is None else mask.view(torch.uint8), start, end, stride_of(end),
         mask_b, mask_l, R, S, L, N, scaling, softcap, window,

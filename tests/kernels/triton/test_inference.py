@@ -46,6 +46,7 @@ ENTRIES = {
     "deepseek": (2, 3, 4, 1, 32, 8, 16),
     "one token": (3, 1, 4, 1, 32, 8, 16),
     "groups, no position-free part": (2, 5, 6, 3, 24, 6, 0),
+    "one token alone": (1, 1, 4, 1, 32, 8, 16),
     "odd widths": (1, 4, 5, 1, 50, 2, 7),
 }
 
@@ -70,9 +71,9 @@ def test_latent_entry(shape, interleave, dtype):
 
     slot, poison = 4, torch.nan
     cache = (draw(B, 1, S + 9, C, dtype=dtype).fill_(poison), draw(B, 1, S + 9, G * P, dtype=dtype).fill_(poison))
-    entered = latent_entry(
-        query, latent_key, cos, sin, norm_C=norm, cache=(*cache, torch.tensor(slot, device=DEVICE)), **options
-    )
+    at = torch.tensor(slot, device=DEVICE)
+    entered = latent_entry(query, latent_key, cos, sin, norm_C=norm, cache=(*cache, at), **options)
+    assert int(at) == slot + S
     assert torch.equal(entered[0], found[0])
     for whole, new, own in zip(entered[1:], found[1:], cache, strict=True):
         assert whole is own
