@@ -368,6 +368,8 @@ class HfMoeModel(HfMoePreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        # Of what the caller gave: without a cache, positions that begin again tell packed texts apart.
+        masks = self._attention_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -375,7 +377,6 @@ class HfMoeModel(HfMoePreTrainedModel):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
         hidden_states = inputs_embeds * self.config.embedding_multiplier
-        masks = self._attention_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
         tables = {
             layer_type: self.rotary_emb(hidden_states, position_ids, layer_type)
             for layer_type in self.rotary_emb.layer_types

@@ -123,13 +123,14 @@ def test_a_conversation_goes_on_in_its_cache(variant):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_packed_texts_do_not_see_each_other(variant, implementation):
+def test_packed_texts_do_not_see_each_other(variant, implementation, use_cache):
     model = tiny_model(variant)
     model.set_attn_implementation(implementation)
     texts = [random_ids(1, length, seed=length) for length in (7, 4, 11)]
     positions = torch.cat([torch.arange(text.shape[1]) for text in texts]).unsqueeze(0)
-    packed = model(torch.cat(texts, dim=1), position_ids=positions, use_cache=False).logits
+    packed = model(torch.cat(texts, dim=1), position_ids=positions, use_cache=use_cache).logits
     alone = torch.cat([model(text).logits for text in texts], dim=1)
     torch.testing.assert_close(packed, alone, rtol=0, atol=2e-5)
 
