@@ -130,17 +130,24 @@ class Adapter(NamedTuple):
 
     def beside(self, in_first: bool) -> "Adapter":
         """With b in the memory order of a weight."""
-        _, b_EOR = self
+        b_EOR = self.b_EOR
         if b_EOR.stride(1 if in_first else 2) == 1:
             return self
-        return self._replace(
-            b_EOR=b_EOR.transpose(1, 2).contiguous().transpose(1, 2) if in_first else b_EOR.contiguous()
-        )
+        turned = b_EOR.transpose(1, 2).contiguous().transpose(1, 2) if in_first else b_EOR.contiguous()
+        return Adapter(self.z_NR, turned)
 
     def described(self, in_first: bool) -> bool:
         """Whether bulk copies can read both parts."""
-        z_NR, b_EOR = self
-        return can_describe(z_NR) and can_describe(b_EOR.transpose(1, 2) if in_first else b_EOR)
+        return can_describe(self.z_NR) and can_describe(self.b_EOR.transpose(1, 2) if in_first else self.b_EOR)
+
+    def arguments(self, groups: int, tile: Tile, x_tma: bool, w_tma: bool) -> tuple:
+        """z, b, R and the strides of b, as the kernels take them; without an adapter they take NO_ADAPTER."""
+        z = row_descriptor(self.z_NR, tile.m, tile.k) if x_tma else self.z_NR
+        b = weight_descriptor(self.b_EOR, groups, tile.n, tile.k) if w_tma else self.b_EOR
+        return z, b, self.z_NR.shape[1], *self.b_EOR.stride()
+
+
+NO_ADAPTER = (None, None, 0, 0, 0, 0)
 
 
 @triton.jit
@@ -276,12 +283,12 @@ def grouped_linear(
     x_tma = per_token is None and can_describe(x) and described
     w_tma = can_describe(weight_EOI.transpose(1, 2) if in_first else weight_EOI) and described
     y_tma = tile.tma_store and can_describe(y_NO)
-    z_NR, b_EOR = adapter or (None, None)
+    z, b, R, *b_strides = adapter.arguments(1, tile, x_tma, w_tma) if adapter else NO_ADAPTER
     _grouped_linear_kernel[(programs(tile, routing.max_tiles * cdiv(n_out, tile.n), x.device),)](
         row_descriptor(x, tile.m, tile.k) if x_tma else x,
         weight_descriptor(weight_EOI, 1, tile.n, tile.k) if w_tma else weight_EOI,
-        row_descriptor(z_NR, tile.m, tile.k) if x_tma and adapter else z_NR,
-        weight_descriptor(b_EOR, 1, tile.n, tile.k) if w_tma and adapter else b_EOR,
+        z,
+        b,
         bias_EO,
         create_ragged_descriptor(y_NO, [tile.m, tile.n // 2]) if y_tma else None,
         y_NO,
@@ -290,11 +297,11 @@ def grouped_linear(
         routing.capacity,
         n_in,
         n_out,
-        z_NR.shape[1] if adapter else 0,
+        R,
         per_token or 1,
         x.stride(0),
         *weight_EOI.stride(),
-        *(b_EOR.stride() if adapter else (0, 0, 0)),
+        *b_strides,
         GATHER=per_token is not None,
         X_TMA=x_tma,
         W_TMA=w_tma,

@@ -11,7 +11,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .gating import Gating, act_and_slope, gate_forward
-from .grouped_linear import Adapter, dot_rows, tile_of
+from .grouped_linear import NO_ADAPTER, Adapter, dot_rows, tile_of
 from .routing import Routing
 from .tuning import Tile, cdiv
 
@@ -204,12 +204,12 @@ def up_projection(
     if store_tma and a_NF is not None:
         a_desc = create_ragged_descriptor(a_NF.view(N, 1, F), [tile.m, 1, tile.n // 2])
     work = routing.max_tiles * cdiv(n_h, tile.n)
-    z_NR, b_EHR = adapter or (None, None)
+    z, b, R, *b_strides = adapter.arguments(groups, tile, x_tma, w_tma) if adapter else NO_ADAPTER
     _up_projection_kernel[(programs(tile, work, x.device),)](
         row_descriptor(x, tile.m, tile.k) if x_tma else x,
         weight_descriptor(weight_EHD, groups, tile.n, tile.k) if w_tma else weight_EHD,
-        row_descriptor(z_NR, tile.m, tile.k) if x_tma and adapter else z_NR,
-        weight_descriptor(b_EHR, groups, tile.n, tile.k) if w_tma and adapter else b_EHR,
+        z,
+        b,
         bias_EH,
         h_desc,
         a_desc,
@@ -220,11 +220,11 @@ def up_projection(
         routing.capacity,
         n_in,
         F,
-        z_NR.shape[1] if adapter else 0,
+        R,
         per_token or 1,
         x.stride(0),
         *weight_EHD.stride(),
-        *(b_EHR.stride() if adapter else (0, 0, 0)),
+        *b_strides,
         gating.alpha,
         gating.limit if gating.limit is not None else 0.0,
         gating.up_offset,
