@@ -9,14 +9,14 @@ R rank, I and O input and output columns of a projection.
 import torch
 from torch import Tensor
 
-from .adapted_gating import adapted_gating_gradient
+from .adapted_gating import AdaptedGatingGradient, adapted_gating_gradient
 from .combine import combine, spread
 from .descriptors import dense_rows, dense_side
 from .gating import Gating, gating_gradient
 from .grouped_linear import Adapter, grouped_linear
 from .layer import Plan
 from .routing import Routing, route, tile_capacity
-from .spread_low_rank import spread_low_rank
+from .spread_low_rank import low_rank_of_tokens, spread_low_rank
 from .tuning import Tile, power_of_2
 from .up_projection import up_projection
 from .weight_gradient import weight_gradient
@@ -53,6 +53,26 @@ def _gating_tile(h: Tensor) -> Tile:
     return Tile(128, 64 if h.dtype != torch.float32 else 32, 0, 8, 3) if h.is_cuda else Tile(16, 16, 0, 4, 2)
 
 
+def _rank(a_ERI: Tensor | None) -> int:
+    return 0 if a_ERI is None else a_ERI.shape[1]
+
+
+def _gate_and_narrow(h_NH, da_NF, weight_TK, routing, gating, *, up, down, index_TK, dout_TD, bias_ED):
+    """`adapted_gating_gradient` in separate passes."""
+    dh, wa, dweight = gating_gradient(
+        h_NH, da_NF, weight_TK, routing, gating, index_TK=index_TK, dout_TD=dout_TD, bias_ED=bias_ED,
+        store_a=down is not None,
+    )  # fmt: skip
+    up_dz = dup_b = aa = ddown_a = None
+    if up is not None:
+        z, up_b = up
+        up_dz, dup_b = _low_rank(dh, up_b.transpose(1, 2), routing), _low_rank_gradient(dh, z, routing)
+    if down is not None:
+        dz, down_a = down
+        aa, ddown_a = _low_rank(wa, down_a, routing), _low_rank_gradient(wa, dz, routing)
+    return AdaptedGatingGradient(dh, dweight, up_dz, dup_b, aa, ddown_a)
+
+
 _GATING = "str act, float alpha, float? limit, float up_offset, bool gated, bool interleaved"
 _ADAPTED = (
     "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
@@ -79,25 +99,20 @@ def _forward(
         return x.new_zeros(x.shape), *empty
     plan = Plan.of(x.device, x.dtype, T * K // E)
     routing = route(index, E, plan.up.m)
+    z = up_adapter = down_adapter = None
     if up_a is None:
-        x_rows, z = spread(x, routing, K), None
+        x_rows = spread(x, routing, K)
     else:
         x_rows, z = spread_low_rank(x, up_a, routing, K, _passing(up_a.shape[1], x))
-    up_adapter = None if z is None else Adapter(z, up_b)
+        up_adapter = Adapter(z, up_b)
     h, a = up_projection(
-        x_rows,
-        up,
-        routing,
-        gating,
-        plan.up_rows,
-        bias_EH=up_bias,
-        adapter=up_adapter,
-        store_h=True,
-    )
+        x_rows, up, routing, gating, plan.up_rows, bias_EH=up_bias, adapter=up_adapter, store_h=True
+    )  # fmt: skip
     assert h is not None
     assert a is not None
     del x_rows
-    down_adapter = None if down_a is None else Adapter(_low_rank(a, down_a, routing), down_b)
+    if down_a is not None:
+        down_adapter = Adapter(_low_rank(a, down_a, routing), down_b)
     y = grouped_linear(a, down, routing, plan.down, bias_EO=down_bias, adapter=down_adapter)
     return combine(y, weight, routing, K), h, x.new_empty(0) if z is None else z, *routing[:4]
 
@@ -118,7 +133,7 @@ def _backward(
     act, alpha, limit, up_offset, gated, interleaved, needs,
 ):  # fmt: skip
     gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
-    needs_x, needs_weight, *needs_adapters = needs
+    needs_x = needs[0]
     x, up, down, dout = dense_rows(x), dense_side(up), dense_side(down), dout.contiguous()
     (T, K), E = index.shape, up.shape[0]
     likes = (x, weight, up_a, up_b, down_a, down_b)
@@ -127,45 +142,37 @@ def _backward(
             torch.zeros_like(like, memory_format=torch.contiguous_format) if need else dout.new_empty(0)
             for like, need in zip(likes, needs, strict=True)
         )
-    none = dout.new_empty(0)
-    dx = dup_a = dup_b = ddown_a = ddown_b = none
     plan = Plan.of(x.device, x.dtype, T * K // E)
     routing = Routing(row, position, offset, tile, plan.up.m)
+    none = dout.new_empty(0)
+    dx = dup_a = ddown_b = none
     # The gradient of each input is a linear with an adapter of its own: both factors swapped and turned.
-    dz = down_adapter = None
-    if down_b is not None:
-        # Read from the tokens as dout is below: a copy of the rows would cost more than it saves.
-        _, dz = spread_low_rank(dout, down_b.transpose(1, 2), routing, K, _passing(down_b.shape[2], x), store=False)
-        down_adapter = Adapter(dz, down_a.transpose(1, 2))
-    da = grouped_linear(dout, down.transpose(1, 2), routing, plan.gate_gradient, adapter=down_adapter, per_token=K)
-    rank = max(0 if a is None else a.shape[1] for a in (up_a, down_a))
-    if 0 < rank <= _ONE_PASS_RANK:
-        dh, dweight, up_dz, dup_b, aa, ddown_a = adapted_gating_gradient(
-            h, da, weight, routing, gating, _gating_tile(h), dout_TD=dout, bias_ED=down_bias,
-            up=None if up_a is None else (z, up_b), down=None if down_a is None else (dz, down_a),
-        )  # fmt: skip
-    else:
-        dh, wa, dweight = gating_gradient(
-            h, da, weight, routing, gating, index_TK=index, dout_TD=dout, bias_ED=down_bias, store_a=down_a is not None
-        )
-        if up_a is not None:
-            up_dz, dup_b = _low_rank(dh, up_b.transpose(1, 2), routing), _low_rank_gradient(dh, z, routing)
-        if down_a is not None:
-            aa, ddown_a = _low_rank(wa, down_a, routing), _low_rank_gradient(wa, dz, routing)
-        del wa
-    del da
+    da_adapter = dx_adapter = up_pair = down_pair = None
+    if up_a is not None:
+        up_pair = z, up_b
     if down_a is not None:
+        # From the tokens, as dout itself is read below: a copy of its rows would cost more than it saves.
+        dz = low_rank_of_tokens(dout, down_b.transpose(1, 2), routing, K, _passing(down_b.shape[2], x))
+        da_adapter, down_pair = Adapter(dz, down_a.transpose(1, 2)), (dz, down_a)
+    da = grouped_linear(dout, down.transpose(1, 2), routing, plan.gate_gradient, adapter=da_adapter, per_token=K)
+    pairs = {"up": up_pair, "down": down_pair, "dout_TD": dout, "bias_ED": down_bias}
+    if max(_rank(up_a), _rank(down_a)) <= _ONE_PASS_RANK:
+        found = adapted_gating_gradient(h, da, weight, routing, gating, _gating_tile(h), **pairs)
+    else:
+        found = _gate_and_narrow(h, da, weight, routing, gating, index_TK=index, **pairs)
+    dh, dweight, up_dz, dup_b, aa, ddown_a = found
+    del da
+    if aa is not None and ddown_a is not None:
         # aa carries the routing weight, so neither dz nor dout needs it.
         ddown_a, ddown_b = ddown_a.transpose(1, 2).contiguous(), _low_rank_gradient(dout, aa, routing, K)
-    if up_a is not None:
+    if up_dz is not None:
         dup_a = _low_rank_gradient(x, up_dz, routing, K).transpose(1, 2).contiguous()
+        dx_adapter = Adapter(up_dz, up_a.transpose(1, 2))
     if needs_x:
-        adapter = None if up_a is None else Adapter(up_dz, up_a.transpose(1, 2))
-        dx_rows = grouped_linear(dh, up.transpose(1, 2), routing, plan.x_gradient, adapter=adapter)
+        dx_rows = grouped_linear(dh, up.transpose(1, 2), routing, plan.x_gradient, adapter=dx_adapter)
         dx = combine(dx_rows, None, routing, K)
-    found = (dup_a, dup_b, ddown_a, ddown_b)
-    adapters = (g if need else none.clone() for g, need in zip(found, needs_adapters, strict=True))
-    return dx if needs_x else none.clone(), dweight if needs_weight else none.clone(), *adapters
+    gradients = (dx, dweight, dup_a, dup_b, ddown_a, ddown_b)
+    return tuple(g if need and g is not None else none.clone() for g, need in zip(gradients, needs, strict=True))
 
 
 def _backward_fake(

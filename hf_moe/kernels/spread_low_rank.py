@@ -75,8 +75,8 @@ def _spread_low_rank_kernel(
 
 
 def spread_low_rank(
-    x_TD: torch.Tensor, a_ERD: torch.Tensor, routing: Routing, K: int, tile: Tile, *, store: bool = True
-) -> tuple[torch.Tensor | None, torch.Tensor]:
+    x_TD: torch.Tensor, a_ERD: torch.Tensor, routing: Routing, K: int, tile: Tile
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy each token to its rows and multiply these by their expert's narrow matrix.
 
         y[position[t, k]] = x[t]        z[n] = a[e] @ y[n]
@@ -84,17 +84,24 @@ def spread_low_rank(
     Args:
         a_ERD: x's dtype, any strides.
         tile: m rows and k columns at a time.
-        store: whether y is wanted.
     Returns:
-        (y_ND or None, z_NR), both in x's dtype. Rows of no expert stay unwritten.
+        (y_ND, z_NR), both in x's dtype. Rows of no expert stay unwritten.
     Cost: 2·N·D·R FLOPs; writes N·D. A token comes from memory once, and from L2 for its other experts.
     """
-    T, D = x_TD.shape
+    y_ND = x_TD.new_empty((routing.row_N.numel(), x_TD.shape[1]))
+    return y_ND, _launch(x_TD, a_ERD, y_ND, routing, K, tile)
+
+
+def low_rank_of_tokens(x_TD: torch.Tensor, a_ERD: torch.Tensor, routing: Routing, K: int, tile: Tile) -> torch.Tensor:
+    """z_NR of `spread_low_rank` alone, which then writes nothing of width D."""
+    return _launch(x_TD, a_ERD, None, routing, K, tile)
+
+
+def _launch(x_TD, a_ERD, y_ND: torch.Tensor | None, routing: Routing, K: int, tile: Tile) -> torch.Tensor:
+    N, D = routing.row_N.numel(), x_TD.shape[1]
     E, R, _ = a_ERD.shape
-    y_ND = x_TD.new_empty((T * K, D)) if store else None
-    z_NR = x_TD.new_empty((T * K, R))
-    work = min(cdiv(T * K, tile.m) + E, T * K)
-    _spread_low_rank_kernel[(work,)](
+    z_NR = x_TD.new_empty((N, R))
+    _spread_low_rank_kernel[(min(cdiv(N, tile.m) + E, N),)](
         x_TD,
         a_ERD,
         y_ND,
@@ -107,9 +114,9 @@ def spread_low_rank(
         K,
         x_TD.stride(0),
         *a_ERD.stride(),
-        STORE=store,
+        STORE=y_ND is not None,
         BINS=power_of_2(E),
-        BITS=cdiv(T * K, tile.m).bit_length(),
+        BITS=cdiv(N, tile.m).bit_length(),
         BM=tile.m,
         BK=tile.k,
         BR=max(16, power_of_2(R)),
@@ -117,4 +124,4 @@ def spread_low_rank(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return y_ND, z_NR
+    return z_NR
