@@ -21,25 +21,36 @@ from .tuning import Tile, power_of_2
 from .up_projection import up_projection
 from .weight_gradient import weight_gradient
 
-# Up to this rank one pass over h does all that reads it; above, its parts cost more than passes of their own.
+# Up to this rank the gate's gradient and what reads its results are one launch; above, its parts cost more than passes.
 _ONE_PASS_RANK = 32
+# Up to this rank a program holds all of z's columns.
+_NARROW = 128
 
 
 def _narrow(rank: int, tile_rows: int, x: Tensor) -> Tile:
     """A row tile as high as the layer's and as wide as the rank."""
-    return Tile(tile_rows, max(16, power_of_2(rank)), 64 if x.is_cuda and x.dtype != torch.float32 else 32, 4, 3)
+    width = min(max(16, power_of_2(rank)), _NARROW)
+    return Tile(tile_rows, width, 64 if x.is_cuda and x.dtype != torch.float32 else 32, 4, 3)
 
 
-def _passing(rank: int, x: Tensor) -> Tile:
-    """Rows and columns that `spread_low_rank` moves at a time."""
-    if not x.is_cuda:
-        return Tile(16, 16, 32, 4, 2)
-    return Tile(64, max(16, power_of_2(rank)), 128 if x.dtype != torch.float32 else 32, 4, 3)
+def _passing(x: Tensor, m: int, warps: int) -> Tile:
+    """Rows and columns at a time of `spread_low_rank` and `low_rank_of_tokens`."""
+    return Tile(m, 16, 128 if x.dtype != torch.float32 else 32, warps, 3) if x.is_cuda else Tile(16, 16, 32, 4, 2)
 
 
-def _low_rank(x: Tensor, a_ERI: Tensor, routing: Routing) -> Tensor:
-    """z[n] = a[e] @ x[n]."""
-    return grouped_linear(x, a_ERI, routing, _narrow(a_ERI.shape[1], routing.tile_rows, x))
+def _low_rank(x: Tensor, a_ERI: Tensor, routing: Routing, per_token: int | None = None) -> Tensor:
+    """z[n] = a[e] @ x[row]."""
+    if per_token is not None and a_ERI.shape[1] <= _NARROW:
+        return low_rank_of_tokens(x, a_ERI, routing, per_token, _passing(x, 128, 8))
+    return grouped_linear(x, a_ERI, routing, _narrow(a_ERI.shape[1], routing.tile_rows, x), per_token=per_token)
+
+
+def _rows_and_low_rank(x: Tensor, a_ERI: Tensor, routing: Routing, K: int) -> tuple[Tensor, Tensor]:
+    """The rows of the tokens, and z of them."""
+    if a_ERI.shape[1] <= _NARROW:
+        return spread_low_rank(x, a_ERI, routing, K, _passing(x, 64, 4))
+    rows = spread(x, routing, K)
+    return rows, _low_rank(rows, a_ERI, routing)
 
 
 def _low_rank_gradient(wide: Tensor, narrow_NR: Tensor, routing: Routing, per_token: int | None = None) -> Tensor:
@@ -50,7 +61,7 @@ def _low_rank_gradient(wide: Tensor, narrow_NR: Tensor, routing: Routing, per_to
 
 def _gating_tile(h: Tensor) -> Tile:
     """Rows of a program of `adapted_gating_gradient`, and columns of its narrow products."""
-    return Tile(128, 64 if h.dtype != torch.float32 else 32, 0, 8, 3) if h.is_cuda else Tile(16, 16, 0, 4, 2)
+    return Tile(128, 128 if h.dtype != torch.float32 else 32, 0, 8, 2) if h.is_cuda else Tile(16, 16, 0, 4, 2)
 
 
 def _rank(a_ERI: Tensor | None) -> int:
@@ -103,7 +114,7 @@ def _forward(
     if up_a is None:
         x_rows = spread(x, routing, K)
     else:
-        x_rows, z = spread_low_rank(x, up_a, routing, K, _passing(up_a.shape[1], x))
+        x_rows, z = _rows_and_low_rank(x, up_a, routing, K)
         up_adapter = Adapter(z, up_b)
     h, a = up_projection(
         x_rows, up, routing, gating, plan.up_rows, bias_EH=up_bias, adapter=up_adapter, store_h=True
@@ -152,7 +163,7 @@ def _backward(
         up_pair = z, up_b
     if down_a is not None:
         # From the tokens, as dout itself is read below: a copy of its rows would cost more than it saves.
-        dz = low_rank_of_tokens(dout, down_b.transpose(1, 2), routing, K, _passing(down_b.shape[2], x))
+        dz = _low_rank(dout, down_b.transpose(1, 2), routing, K)
         da_adapter, down_pair = Adapter(dz, down_a.transpose(1, 2)), (dz, down_a)
     da = grouped_linear(dout, down.transpose(1, 2), routing, plan.gate_gradient, adapter=da_adapter, per_token=K)
     pairs = {"up": up_pair, "down": down_pair, "dout_TD": dout, "bias_ED": down_bias}

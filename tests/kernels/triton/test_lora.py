@@ -59,8 +59,8 @@ def test_named_cases(shape, dtype):
     check(shape, dtype)
 
 
-# Above 32 the backward takes passes of their own for the narrow products, above 64 a rank is several steps of a sum.
-@pytest.mark.parametrize("rank", [1, 16, 20, 40, 70])
+# Above 32 the backward takes passes of their own for the narrow products, above 128 z has more columns than a tile.
+@pytest.mark.parametrize("rank", [1, 16, 20, 40, 136])
 def test_ranks_with_bias_and_swapped_weights(rank):
     check(NAMED["sentinels"], torch.float32, rank=rank, gating=GPT_OSS, biased=True, swapped=True)
 
