@@ -168,8 +168,8 @@ def route(index_TK: torch.Tensor, n_experts: int, tile_rows: int) -> Routing:
     n_blocks, capacity = cdiv(N, block), tile_capacity(N, n_experts)
     index_TK = index_TK.contiguous()
     sizes = (N, N, n_experts + 1, 3 * capacity + 1)
-    found = [torch.empty(size, dtype=torch.int32, device=device) for size in sizes]
-    routing = Routing(*found, tile_rows)
+    row, position, offset, tile = found = [torch.empty(size, dtype=torch.int32, device=device) for size in sizes]
+    routing = Routing(row, position, offset, tile, tile_rows)
     n_tiles = routing.max_tiles
     grid = (n_blocks + cdiv(n_tiles, tile_block),)
     # Two more bins than experts: routes of no expert, and what `_route_kernel` does not count.

@@ -6,6 +6,8 @@ Letters: T tokens, K experts a token, N = T·K routes, E experts, I input column
 width, H = 2F (gated) or F.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -189,8 +191,14 @@ def experts(
     E, D, F = down_EDF.shape
     device, dtype = x_TD.device, x_TD.dtype
     index_TK, weight_TK = index_TK.contiguous(), weight_TK.contiguous()
-    up = {"columns": F, "gap": F * up_EHD.stride(1), "gating": gating, "bias_EH": up_bias_EH, "before_product": True}
-    down = {"columns": D, "bias_EH": down_bias_ED, "after_product": True}
+    up: dict[str, Any] = {
+        "columns": F,
+        "gap": F * up_EHD.stride(1),
+        "gating": gating,
+        "bias_EH": up_bias_EH,
+        "before_product": True,
+    }
+    down: dict[str, Any] = {"columns": D, "bias_EH": down_bias_ED, "after_product": True}
     if T <= tuning.SINGLE_ROWS and up_EHD.stride(2) == 1 and down_EDF.stride(2) == 1:
         a = single_rows(x_TD, up_EHD, index_TK, tuning.single_rows_tile(device, dtype, 1), per_token=K, **up)
         return single_rows(
@@ -207,7 +215,10 @@ def _product(x_TI: torch.Tensor, weight_1OI: torch.Tensor, **options) -> torch.T
     if x_TI.shape[0] <= tuning.SINGLE_ROWS and weight_1OI.stride(2) == 1:
         tile = tuning.single_rows_tile(x_TI.device, x_TI.dtype, 1)
         return single_rows(x_TI, weight_1OI, None, tile, **options)
-    return expert_rows(x_TI, weight_1OI, None, tuning.small_batch_tile(x_TI.device, x_TI.dtype), **options)
+    tile = tuning.small_batch_tile(x_TI.device, x_TI.dtype)
+    # There is one expert: a tile as high as the batch reads its weights once.
+    tile = tile._replace(m=min(max(power_of_2(x_TI.shape[0]), tile.m), 64))
+    return expert_rows(x_TI, weight_1OI, None, tile, **options)
 
 
 @torch.library.custom_op("hf_moe::few_rows_linear", mutates_args=())

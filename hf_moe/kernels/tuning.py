@@ -75,8 +75,8 @@ def is_small_batch(n_tokens: int, n_routes: int, n_experts: int) -> bool:
     """Whether a layer without gradients is computed unsorted.
 
     Each program reads all tokens' choices, and an expert with more than 16 rows reads its weights twice. One H100, µs
-    unsorted against sorted: OLMoE 279 and 287 at T = 64, 299 and 290 at 128; Qwen3-30B 415 and 424 at 128, 449 and 430
-    at 256.
+    unsorted and sorted: OLMoE 279 and 292 at T = 64, 299 and 295 at 128; Qwen3-30B 416 and 428 at 128, 449 and 434 at
+    256.
     """
     return n_tokens <= 128 and n_routes <= 8 * n_experts
 

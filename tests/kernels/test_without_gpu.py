@@ -95,6 +95,8 @@ def test_tiles_share_their_height_and_fit():
         for tile in table.values():
             staged = tile.m * tile.n if tile.tma_store else 0
             assert 2 * tile.stages * tile.k * (tile.m + tile.n) + staged < 227 * 1024
+    few = tuning._SMALL_BATCH
+    assert 2 * few.stages * few.k * (few.m + few.n) < 227 * 1024
     for tile in tuning._ANY.values():
         assert 2 * tile.stages * tile.k * (tile.m + tile.n) < 99 * 1024
 
@@ -142,3 +144,10 @@ def test_tuning_needs_a_gpu():
         pytest.skip("there is a GPU here")
     with pytest.raises(ValueError, match="needs a GPU"):
         tuning.tune([(64, 64, 4, 2)])
+
+
+def test_what_stays_unsorted_is_few_tokens_with_few_routes_an_expert():
+    assert tuning.is_small_batch(64, 64 * 8, 64)
+    assert tuning.is_small_batch(128, 128 * 8, 128)
+    assert not tuning.is_small_batch(129, 129 * 8, 256)
+    assert not tuning.is_small_batch(64, 64 * 2, 8)

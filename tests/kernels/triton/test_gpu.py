@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import HALF, Shape, assert_as_good, index, normal, poison
 from test_layer import GPT_OSS, check, inputs, run
+from test_small_batch import check as check_few
 
 from hf_moe.kernels.gating import Gating
 from hf_moe.kernels.layer import experts
@@ -29,6 +30,43 @@ SIZES = {
     "500 rows, one expert": Shape(1000, 512, 768, 2, 1, "one"),
     "500 rows, sentinels": Shape(4000, 512, 768, 16, 2, "sentinels"),
 }
+
+
+# Few enough to stay unsorted, on the tiles of both paths.
+FEW = {
+    "one token": Shape(1, 2048, 768, 32, 8),
+    "two tokens, 6 experts each": Shape(2, 1024, 1408, 32, 6),
+    "more experts than routes": Shape(4, 512, 256, 64, 8),
+    "64 tokens": Shape(64, 512, 256, 64, 8),
+    "128 tokens, ragged widths, sentinels": Shape(128, 264, 520, 64, 3, "sentinels"),
+}
+
+
+@pytest.mark.parametrize("shape", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("gating", [Gating(), GPT_OSS, Gating("relu2", gated=False)])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_few_tokens(shape, gating, swapped):
+    check_few(shape, HALF, gating, biased=True, swapped=swapped)
+
+
+@pytest.mark.parametrize("shape", FEW.values(), ids=FEW)
+def test_few_tokens_in_a_graph_follow_their_routes(shape):
+    tensors, static, other = inputs(shape, HALF), index(shape), index(shape, seed=1)
+    rest = [tensors[name] for name in ("weight", "up", "down")]
+    wanted = experts(tensors["x"], other, *rest)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        experts(tensors["x"], static, *rest)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = experts(tensors["x"], static, *rest)
+    static.copy_(other)
+    for _ in range(3):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, wanted)
 
 
 @pytest.mark.parametrize("shape", SIZES.values(), ids=SIZES)
