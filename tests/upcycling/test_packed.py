@@ -135,6 +135,7 @@ def test_read_is_what_the_numbers_stand_for(tmp_path, style):
     meaning = pack_folder(folder, style)
     source = open_source(folder)
     assert set(source.headers) == set(meaning)
+    assert source.nbytes == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     for key, weight in meaning.items():
         assert source.headers[key].shape == tuple(weight.shape)
         assert torch.equal(source.read(key), weight), key
