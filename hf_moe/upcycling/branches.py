@@ -58,6 +58,11 @@ class BranchedSource(Source):
         """All names."""
         return " + ".join(source.title for source in self._sources)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all."""
+        return sum(source.nbytes for source in self._sources)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
         """Of the first."""
         return self._sources[0].read(name, start, stop)

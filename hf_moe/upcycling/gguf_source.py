@@ -84,6 +84,11 @@ class GgufSource(Source):
                     data = _unpermute(data, self.config[field])
         return data[start:stop]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the file."""
+        return self.path.stat().st_size
+
     def load_arguments(self) -> dict[str, Any]:
         """The folder and the file."""
         return {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}

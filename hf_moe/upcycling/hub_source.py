@@ -36,9 +36,14 @@ class RemoteSource(Source):
             for file, content in metadata.files_metadata.items()
             for name, tensor in content.tensors.items()
         }
-        raw, stored, self.left_out = language_model(read_config(path), stored)
+        raw, self._stored, self.left_out = language_model(read_config(path), stored)
         self.config = complete(raw)
-        self.headers = presented(stored, encodings(raw, stored))
+        self.headers = presented(self._stored, encodings(raw, self._stored))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all stored tensors."""
+        return sum(header.nbytes for header in self._stored.values())
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> "torch.Tensor":
         """Never: the weights are not here."""

@@ -58,9 +58,11 @@ def dequantise_gptq(
 
     packed, scales = stored["qweight"], stored["scales"]
     group = groups_of(packed.shape[0] * 32 // bits, scales.shape[0], stored.get("g_idx"))
-    zeros = unpack(stored["qzeros"], bits, 1)
+    packed_zeros = stored["qzeros"]
     if first_version:
-        zeros = (zeros + 1) & (2**bits - 1)
+        # Of whole integers, as its writers subtract: a zero point of 0 borrows from its neighbour.
+        packed_zeros = packed_zeros + sum(1 << shift for shift in range(0, 31, bits))
+    zeros = unpack(packed_zeros, bits, 1)
     weight = torch.empty(stop - start, len(group))
     for first, last in _blocks(start, stop):
         q_IO, scale_GO = unpack(packed[:, first:last], bits, 0), scales[:, first:last].float()

@@ -98,6 +98,11 @@ class Source(ABC):
         """Whether Transformers by itself would load something else than the language model in plain numbers."""
         return False
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights as they are stored; `headers` say what they are once read."""
+        return sum(header.nbytes for header in self.headers.values())
+
     def files(self) -> list[Path]:
         """The weight files, sorted."""
         return sorted({header.file for header in self.headers.values()})
@@ -126,6 +131,11 @@ class FolderSource(Source):
     def foreign(self) -> bool:
         """Whether weights are stored in few bits and read in float32, or stand inside of a larger model."""
         return bool(self._encodings or self.left_out)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all stored tensors, scales and zero points included."""
+        return sum(header.nbytes for header in self._stored.values())
 
     def _unused_biases(self) -> list[str]:
         """Biases that packers gave to modules without one: zero in every layer."""

@@ -25,7 +25,6 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
     item = ITEM_SIZE[next(key for key, name in DTYPE_NAMES.items() if name == plan.config["dtype"])]
     count = cost.parameters(plan.config)
     layers = [_layer(plan, source, layer, item) for layer in range(plan.config["num_hidden_layers"])]
-    source_bytes = sum(header.nbytes for header in source.headers.values())
     outside = [t.nbytes + _read_bytes([t], source) for t in plan.tensors() if t.layer is None]
     largest = max(tensor.nbytes for tensor in plan.tensors())
     peak = max([row["read_bytes"] + largest for row in layers] + outside) + BASE_MEMORY
@@ -37,7 +36,7 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
             "name": source.title,
             "family": plan.family,
             "parameters": sum(prod(header.shape) for header in source.headers.values()),
-            "bytes": source_bytes,
+            "bytes": source.nbytes,
             "left_out": source.left_out,
             "cache_bytes_per_token": source.config["num_hidden_layers"] * heads * source_item,
         },
@@ -52,7 +51,7 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
         "conversion": {
             "memory_peak_bytes": peak,
             "disk_bytes": plan.nbytes,
-            "seconds": round((source_bytes + plan.nbytes) / rate, 1),
+            "seconds": round((source.nbytes + plan.nbytes) / rate, 1),
             "assumed_bytes_per_second": rate,
         },
         "layers": layers,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from dense import save_dense
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_moe.upcycling import upcycle, verify
 
@@ -64,6 +64,16 @@ def test_sources_that_do_not_match(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         upcycle([first, other], tmp_path / "moe", **CHOICES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "other"]
+
+
+def test_damage_in_a_further_source_leaves_nothing(tmp_path):
+    folders = [save_dense(tmp_path / f"dense{seed}", seed=seed) for seed in (0, 1)]
+    tensors, name = load_file(folders[1] / "model.safetensors"), "model.layers.2.mlp.down_proj.weight"
+    tensors[name][5, 5] = torch.inf
+    save_file(tensors, folders[1] / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinity"):
+        upcycle(folders, tmp_path / "moe", **CHOICES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense0", "dense1"]
 
 
 def test_other_vocabulary_number_of_experts_and_mode(tmp_path):

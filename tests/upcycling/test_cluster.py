@@ -152,10 +152,10 @@ def test_interrupted_it_goes_on_without_reading_again(tmp_path, monkeypatch):
     whole = upcycle(source, tmp_path / "whole", **choices)
     produced = stream._produced
 
-    def fail(source, tensor, held):
+    def fail(source, tensor, *rest):
         if tensor.name == "model.layers.1.mlp.experts.2.up_proj.weight":
             raise OSError("the power went")
-        return produced(source, tensor, held)
+        return produced(source, tensor, *rest)
 
     monkeypatch.setattr(stream, "_produced", fail)
     with pytest.raises(OSError, match="the power went"):

@@ -241,6 +241,14 @@ def damage(kind, folder):
     elif kind == "NaN":
         tensors[name][3, 3] = float("nan")
         message = f"{name} holds NaN or infinity"
+    elif kind == "infinity":
+        tensors[name][0, 0] = -torch.inf
+        message = f"{name} holds NaN or infinity"
+    elif kind == "the same tensor twice":
+        save_file({name: tensors[name]}, folder / "a.safetensors")
+        weights.rename(folder / "b.safetensors")
+        weights = folder / "b.safetensors"
+        message = f"{name} is in a.safetensors and in b.safetensors: an index must choose"
     save_file(tensors, weights, metadata={"format": "pt"})
     return message
 
@@ -264,6 +272,8 @@ DAMAGES = [
     "missing tensor",
     "unknown tensor",
     "NaN",
+    "infinity",
+    "the same tensor twice",
 ]
 
 
@@ -277,7 +287,9 @@ def test_bad_source_is_one_sentence_and_leaves_nothing(tmp_path, kind):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
-@pytest.mark.parametrize("kind", ["missing shard", "index lies", "index escapes", "index is damaged"])
+@pytest.mark.parametrize(
+    "kind", ["missing shard", "index lies", "index escapes", "index names a pickle", "index is damaged"]
+)
 def test_bad_index(source, tmp_path, kind):
     path = source / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -292,6 +304,9 @@ def test_bad_index(source, tmp_path, kind):
     elif kind == "index escapes":
         index["weight_map"][name] = "../dense/" + shard
         message = "a path outside of the folder"
+    elif kind == "index names a pickle":
+        index["weight_map"][name] = "pytorch_model.bin"
+        message = "names pytorch_model.bin, which is not a safetensors file"
     else:
         index = {"weight_map": [1]}
         message = "no weight_map"

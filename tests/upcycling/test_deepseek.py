@@ -93,7 +93,7 @@ def state(folder):
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-SPLIT = {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 6, "top_k": 3}
+SPLIT = {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 6, "top_k": 3, "split_scale": "factor"}
 # dense source, choices; or a tiny model of ours and what differs.
 DENSE = {
     "llama3": ("llama3", {"experts": 1}),

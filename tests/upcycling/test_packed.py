@@ -47,6 +47,12 @@ def pack(numbers, bits, order=None):
     return torch.from_numpy(packed.astype(np.uint32).view(np.int32))
 
 
+def less_one(packed, bits):
+    """Every packed number less one, borrowing from its neighbour: the zero points of GPTQ's first version."""
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    return torch.from_numpy(((packed.long().numpy() - ones) % 2**32).astype(np.uint32).view(np.int32))
+
+
 def quantise(weight, method, bits, group=GROUP, symmetric=False, g_idx="plain", zeros="packed", seed=0):
     """Stored tensors of a weight (O, I) by the last part of their name, and the numbers they stand for, in float32."""
     random = np.random.default_rng(seed)
@@ -57,15 +63,14 @@ def quantise(weight, method, bits, group=GROUP, symmetric=False, g_idx="plain", 
         random.shuffle(index)
     top, half = 2**bits - 1, 2 ** (bits - 1)
     scale = torch.from_numpy(random.uniform(0.01, 0.1, (outputs, groups))).half()
-    # The first version of GPTQ cannot store a zero point of 0.
-    zero = np.full((outputs, groups), half) if symmetric else random.integers(1, top + 1, (outputs, groups))
+    zero = np.full((outputs, groups), half) if symmetric else random.integers(0, top + 1, (outputs, groups))
     spread = scale.float().numpy()[:, index]
     q = np.clip(np.round(weight.numpy() / spread) + zero[:, index], 0, top).astype(np.int64)
     meaning = torch.from_numpy(((q - zero[:, index]) * spread.astype(np.float64)).astype(np.float32))
     if method in ("gptq", "gptq_v2"):
         stored = {
             "qweight": pack(q, bits).T.contiguous(),
-            "qzeros": pack(zero.T - (method == "gptq"), bits),
+            "qzeros": less_one(pack(zero.T, bits), bits) if method == "gptq" else pack(zero.T, bits),
             "scales": scale.T.contiguous(),
         }
         if g_idx != "absent":
@@ -130,6 +135,7 @@ def test_read_is_what_the_numbers_stand_for(tmp_path, style):
     meaning = pack_folder(folder, style)
     source = open_source(folder)
     assert set(source.headers) == set(meaning)
+    assert source.nbytes == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     for key, weight in meaning.items():
         assert source.headers[key].shape == tuple(weight.shape)
         assert torch.equal(source.read(key), weight), key
