@@ -18,7 +18,7 @@ app = typer.Typer(
     "lost, and share it.",
 )
 
-MIXTURE, NUMBERS, OUTPUT = "Mixture", "Numbers", "Output"
+MIXTURE, ATTENTION, NUMBERS, OUTPUT = "Mixture", "Attention", "Numbers", "Output"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=OUTPUT)]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import MIXTURE, NUMBERS, OUTPUT, Quiet, app, one_sentence
+from .app import ATTENTION, MIXTURE, NUMBERS, OUTPUT, Quiet, app, one_sentence
 
 SOURCE_HELP = "Folder of safetensors, a .gguf file, or a Hub id such as owner/name or owner/name@revision."
 
@@ -122,12 +122,38 @@ Router = Annotated[
 Calibration = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text file for cluster, centroids and prompts, there one for each source; by default Python's reference.",
+        help="Text file for compress, cluster, centroids and prompts, there one for each source; by default Python's "
+        "reference.",
         rich_help_panel=MIXTURE,
     ),
 ]
-CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it that are read.", rich_help_panel=MIXTURE)]
-Attention = Annotated[str, typer.Option(help="exact: latents that give the source's logits.", rich_help_panel=NUMBERS)]
+CalibrationTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of it that are read; 16384 by default for compressed attention, 4096 else.",
+        rich_help_panel=MIXTURE,
+    ),
+]
+Attention = Annotated[
+    str,
+    typer.Option(
+        help="exact: latents that give the source's logits. compress: a smaller cache, at a measured price; needs one "
+        "of --cache-ratio, --kv-rank with --rope-dim, --max-kl.",
+        rich_help_panel=ATTENTION,
+    ),
+]
+CacheRatio = Annotated[
+    float | None, typer.Option(help="Share of the source's cache, such as 0.5.", rich_help_panel=ATTENTION)
+]
+KvRank = Annotated[int | None, typer.Option(help="Latent numbers of every layer.", rich_help_panel=ATTENTION)]
+RopeDim = Annotated[int | None, typer.Option(help="Rotary numbers of every layer.", rich_help_panel=ATTENTION)]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(help="Smallest cache within this KL on calibration text, nats.", rich_help_panel=ATTENTION),
+]
+Uniform = Annotated[
+    bool, typer.Option("--uniform", help="The same sizes in every layer, for export.", rich_help_panel=ATTENTION)
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -153,8 +179,13 @@ def plan(
     dense_layers: DenseLayers = "",
     router: Router = None,
     calibration: Calibration = None,
-    calibration_tokens: CalibrationTokens = 4096,
+    calibration_tokens: CalibrationTokens = None,
     attention: Attention = "exact",
+    cache_ratio: CacheRatio = None,
+    kv_rank: KvRank = None,
+    rope_dim: RopeDim = None,
+    max_kl: MaxKl = None,
+    uniform: Uniform = False,
     dtype: Dtype = "auto",
     max_shard_bytes: ShardBytes = 1_000_000_000,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.", rich_help_panel=OUTPUT)] = False,
@@ -192,8 +223,13 @@ def upcycle(
     dense_layers: DenseLayers = "",
     router: Router = None,
     calibration: Calibration = None,
-    calibration_tokens: CalibrationTokens = 4096,
+    calibration_tokens: CalibrationTokens = None,
     attention: Attention = "exact",
+    cache_ratio: CacheRatio = None,
+    kv_rank: KvRank = None,
+    rope_dim: RopeDim = None,
+    max_kl: MaxKl = None,
+    uniform: Uniform = False,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     max_shard_bytes: ShardBytes = 1_000_000_000,
@@ -248,7 +284,7 @@ def verify(
         typer.echo(f"  {logits['tokens']} tokens of {certificate['text']}")
         typer.echo(
             f"  max |Δlogit| {logits['max_abs_difference']:.2e}, mean {logits['mean_abs_difference']:.2e}, "
-            f"top-1 agreement {logits['top1_agreement']:.2%}"
+            f"KL {logits['kl']:.3g}, top-1 agreement {logits['top1_agreement']:.2%}"
         )
         typer.echo(f"  loss {loss['source']:.4f} -> {loss['target']:.4f}")
         same = "the source's" if decode["greedy_equal"] else "not the source's"

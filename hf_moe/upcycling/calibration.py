@@ -1,8 +1,8 @@
 """What a conversion learns from text: the dense model is run over it, with one layer in memory.
 
-The result stands beside the weights, in `calibration.safetensors`: for each sparse layer the order of its neurons and
-the weights of its router. The plan reads it as one more source (branch `CALIBRATION`), so that a conversion can be
-continued and verified without running the model again.
+The result stands beside the weights: in `calibration.safetensors` for each sparse layer the order of its neurons and
+the weights of its router, and a compressed attention in the files of `learnt_attention`. The plan reads them as one
+more source (branch `CALIBRATION`), so that a conversion can be continued and verified without running the model again.
 """
 
 import hashlib
@@ -14,13 +14,17 @@ from typing import Any
 import torch
 
 from .clustering import activity_router, centroid_router, group_neurons, mean_router
+from .compression import Text
 from .families import CALIBRATION
 from .headers import read_header
+from .layerwise import DenseLayers, Passage
+from .learnt_attention import ATTENTION_NAME, CONTEXT, learn_attention, rows_of
 from .options import CALIBRATED, Options
 from .progress import step_bar
 from .sources import FolderSource, Source
 
 CALIBRATION_NAME = "calibration.safetensors"
+CALIBRATION_NAMES = (CALIBRATION_NAME, ATTENTION_NAME)
 # Tokens in a row, at most: longer ones cost more than they teach.
 _CONTEXT = 512
 
@@ -29,12 +33,15 @@ Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class CalibratedSource(FolderSource):
-    """A source and what was learnt about it: reads of the last branch come from the calibration's file."""
+    """A source and what was learnt about it: reads of the last branch come from the calibration's files in a folder."""
 
-    def __init__(self, source: Source, path: Path):
+    def __init__(self, source: Source, folder: Path):
         super(FolderSource, self).__init__(source.location, source.path, source.revision)
         self.source, self.config, self.headers = source, source.config, source.headers
-        self._stored, self._encodings = read_header(path), {}
+        self._stored, self._encodings = {}, {}
+        for name in CALIBRATION_NAMES:
+            if (folder / name).is_file():
+                self._stored |= read_header(folder / name)
 
     @property
     def branches(self) -> list[Source]:
@@ -44,8 +51,8 @@ class CalibratedSource(FolderSource):
         return branches
 
 
-def needs_calibration(options: Options) -> bool:
-    """Whether a conversion reads text."""
+def needs_experts(options: Options) -> bool:
+    """Whether experts or routers are learnt from text."""
     return options.mode == "cluster" or options.router in CALIBRATED
 
 
@@ -70,31 +77,38 @@ def default_text() -> str:
 
 def digest(options: Options) -> list[str]:
     """Hashes of the texts: another text is another conversion."""
-    if not needs_calibration(options):
+    if not options.reads_text:
         return []
     return [hashlib.sha256(text.encode()).hexdigest() for text in texts(options)]
 
 
-def calibrate(source: Source, options: Options, sparse: list[int], folder: Path, progress: bool) -> Source:
+def calibrate(source: Source, options: Options, fields: dict[str, Any], folder: Path, progress: bool) -> Source:
     """Learn what the choice needs from its texts, unless an interrupted run has, and return the source with it.
 
     Args:
-        sparse: numbers of the layers with experts.
+        fields: of the target's configuration with exact attention.
     Raises:
         ValueError: a text that is too short.
-    Cost: a forward pass over `calibration_tokens` tokens in fp32, and k-means in each layer.
+    Cost: a forward pass over `calibration_tokens` tokens in fp32, and k-means in each layer; for a compressed attention
+        see `learn_attention`.
     """
-    if not needs_calibration(options):
+    if not options.reads_text:
         return source
+    if options.attention == "compress":
+        assert options.calibration_tokens is not None
+        positions = source.config.get("max_position_embeddings") or CONTEXT
+        context, learnt_rows, measured = rows_of(options.calibration_tokens, positions)
+        ids = _ids(source, "\n\n".join(texts(options)), context, learnt_rows + measured)
+        learn_attention(source, options, fields, Text(ids, measured), folder, progress)
     path = folder / CALIBRATION_NAME
-    if not path.is_file():
+    if needs_experts(options) and not path.is_file():
         from safetensors.torch import save_file
 
-        learnt = _learn(source, options, sparse, progress)
+        learnt = _learn(source, options, list(sparse_layers(fields)), progress)
         partial = folder / f".{CALIBRATION_NAME}"
         save_file(learnt, partial, metadata={"format": "pt"})
         os.replace(partial, path)
-    return CalibratedSource(source, path)
+    return CalibratedSource(source, folder)
 
 
 def _learn(source: Source, options: Options, sparse: list[int], progress: bool) -> dict[str, torch.Tensor]:
@@ -129,7 +143,10 @@ def _learn(source: Source, options: Options, sparse: list[int], progress: bool) 
     layers = source.config["num_hidden_layers"]
     with step_bar("reading the calibration text", layers * len(pairs), progress) as advance:
         for branch, text in pairs:
-            run_by_layers(branch, _ids(branch, text, options.calibration_tokens), observe, advance)
+            tokens, positions = options.calibration_tokens, branch.config.get("max_position_embeddings")
+            assert tokens is not None
+            context = min(_CONTEXT, tokens, positions or _CONTEXT)
+            run_by_layers(branch, _ids(branch, text, context, tokens // context), observe, advance)
     if options.router == "prompts":
         for layer, each in inputs.items():
             rows = mean_router(each, torch.cat(each))
@@ -137,11 +154,11 @@ def _learn(source: Source, options: Options, sparse: list[int], progress: bool) 
     return learnt
 
 
-def _ids(source: Source, text: str, tokens: int) -> torch.Tensor:
-    """Ids in rows of equal length; random ones where the source has no tokenizer."""
+def _ids(source: Source, text: str, context: int, rows: int) -> torch.Tensor:
+    """Ids (rows, context); random ones where the source has no tokenizer."""
     from transformers import AutoTokenizer
 
-    context = min(_CONTEXT, tokens, source.config.get("max_position_embeddings") or _CONTEXT)
+    tokens = context * rows
     if source.vocabulary() is None and "gguf_file" not in source.load_arguments():
         random = torch.Generator().manual_seed(1)
         ids = torch.randint(source.config["vocab_size"], (tokens,), generator=random)
@@ -149,59 +166,32 @@ def _ids(source: Source, text: str, tokens: int) -> torch.Tensor:
         tokenizer = AutoTokenizer.from_pretrained(**source.load_arguments())
         ids = tokenizer(text[: tokens * 32], return_tensors="pt", truncation=False, verbose=False)["input_ids"][0]
         if len(ids) < tokens:
-            raise ValueError(f"the calibration text has {len(ids)} tokens, calibration_tokens={tokens} are needed")
-    return ids[: tokens // context * context].view(-1, context)
+            raise ValueError(
+                f"the calibration text has {len(ids)} tokens, {tokens} are needed: {rows} rows of {context} for "
+                "calibration_tokens"
+            )
+    return ids[:tokens].view(rows, context)
 
 
-@torch.no_grad()
 def run_by_layers(source: Source, ids: torch.Tensor, observe: Observe, advance: Callable[[int], None]) -> None:
-    """Run Transformers' own dense model in fp32 with the weights of one layer in memory.
+    """Show what each MLP sees of a text (B, S).
 
-    Cost: 2 FLOPs for each weight and token; memory of one layer, and of the MLP's neurons for all tokens.
+    Cost: as `DenseLayers.run`, and memory of an MLP's neurons for all tokens.
     """
-    import transformers
-    from accelerate import init_empty_weights
 
-    plain = {key: value for key, value in source.config.items() if key not in ("quantization_config", "dtype")}
-    config = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
-    with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
+    def visit(passage: Passage) -> None:
+        x, mlp = passage.mlp_input.flatten(0, 1), passage.module.mlp
+        contribution: list[torch.Tensor] = []
 
-    def fill(module: Any, prefix: str) -> None:
-        names = [name for name, _ in module.named_parameters()]
-        state = {name: source.read(f"{prefix}{name}").float() for name in names}
-        module.load_state_dict(state, strict=False, assign=True)
+        def down(module: Any, arguments: Any) -> None:
+            contribution.append(arguments[0].abs() * module.weight.norm(dim=0))
 
-    for name in ("embed_tokens", "norm"):
-        fill(getattr(model, name), f"model.{name}.")
-    for number, layer in enumerate(model.layers):
-        _watch(layer, number, fill, observe, advance)
-    # A row at a time would read the layers again for each.
-    model(input_ids=ids, use_cache=False)
+        hook = mlp.down_proj.register_forward_pre_hook(down)
+        mlp(x)
+        hook.remove()
+        observe(passage.number, x, contribution[0])
 
-
-def _watch(layer: Any, number: int, fill: Callable[[Any, str], None], observe: Observe, advance: Any) -> None:
-    """Give a layer its weights while it runs, and show what its MLP saw."""
-    seen: dict[str, torch.Tensor] = {}
-
-    def before(module: Any, arguments: Any) -> None:
-        fill(module, f"model.layers.{number}.")
-
-    def mlp(module: Any, arguments: Any) -> None:
-        seen["x"] = arguments[0].flatten(0, 1)
-
-    def down(module: Any, arguments: Any) -> None:
-        seen["contribution"] = arguments[0].flatten(0, 1).abs() * module.weight.norm(dim=0)
-
-    def after(module: Any, arguments: Any, output: Any) -> None:
-        observe(number, seen.pop("x"), seen.pop("contribution"))
-        module.to("meta")
-        advance(1)
-
-    layer.register_forward_pre_hook(before)
-    layer.mlp.register_forward_pre_hook(mlp)
-    layer.mlp.down_proj.register_forward_pre_hook(down)
-    layer.register_forward_hook(after)
+    DenseLayers(source).run(ids, visit, advance)
 
 
 def sparse_layers(config: dict[str, Any]) -> Iterator[int]:

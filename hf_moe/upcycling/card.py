@@ -4,7 +4,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .options import CALIBRATED, MODES
+from ..cost import cache_widths
+from .ledger import read_ledger
+from .options import MODES
 from .plan import Plan
 from .sources import Source
 
@@ -27,7 +29,7 @@ A latent-attention mixture of experts, made from {sources} by `hf_moe`.{left_out
 | parameters | {parameters:,} |
 | layers | {layers}, of which {sparse} with experts |
 | experts | {experts}, of which {top_k} for each token{shared} |
-| cache | {cache:,} numbers a token and layer |
+| cache | {cache} |
 | mode | `{mode}`: {explanation} |
 | attention | `{attention}` |
 
@@ -76,12 +78,12 @@ def write_card(plan: Plan, source: Source, folder: Path) -> None:
         experts=config["n_routed_experts"],
         top_k=config["num_experts_per_tok"],
         shared=f", and {config['n_shared_experts']} for all" if config["n_shared_experts"] else "",
-        cache=config["kv_lora_rank"] + config["num_key_value_heads"] * config["qk_rope_head_dim"],
+        cache=_cache(config),
         mode=plan.options.mode,
         explanation=MODES[plan.options.mode],
         attention=plan.options.attention,
         command=command_line(plan, source, name),
-        measured=f"{_BEGIN}\n{_END}\n",
+        measured=f"{_price(plan, folder)}{_BEGIN}\n{_END}\n",
         license_note=license_note(source),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -128,6 +130,36 @@ def write_exchange_card(source: Source, kind: str, folder: Path) -> None:
 
 def _described(source: Source) -> str:
     return f"`{source.title}`" + (f" at revision `{source.revision}`" if source.revision else "")
+
+
+def _cache(config: dict[str, Any]) -> str:
+    """Numbers a token and layer, and their range where layers differ."""
+    widths = cache_widths(config)
+    if len(set(widths)) == 1:
+        return f"{widths[0]:,} numbers a token and layer"
+    return f"{sum(widths) / len(widths):,.1f} numbers a token and layer, {min(widths)} to {max(widths)}"
+
+
+def _price(plan: Plan, folder: Path) -> str:
+    """What a compressed attention cost, from the ledger."""
+    if plan.options.attention == "exact":
+        return ""
+    ledger = read_ledger(folder)
+    model, exact = ledger["model"], ledger["exact"]
+    share = ledger["cache_numbers"] / ledger["cache_numbers_source"]
+    rows = [
+        ("cache", "100 %", f"{share:.1%}"),
+        ("KL from the source, nats a token", f"{exact['kl']:.4f}", f"{model['kl']:.4f}"),
+        ("same most likely token", f"{exact['top1']:.2%}", f"{model['top1']:.2%}"),
+        ("perplexity", f"{exact['ppl']:.3f}", f"{model['ppl']:.3f}"),
+    ]
+    return (
+        "## Price of the smaller cache\n\n"
+        f"On {ledger['tokens_measured']:,} tokens that nothing was learnt from; layers in `ledger.json`.\n\n"
+        "| | exact attention | this model |\n|---|---|---|\n"
+        + "".join(f"| {name} | {a} | {b} |\n" for name, a, b in rows)
+        + "\n"
+    )
 
 
 def license_note(source: Source) -> str:
@@ -215,9 +247,14 @@ def command_line(plan: Plan, source: Source, name: str) -> str:
         words += ["--noise-std", options.noise_std]
     for text in options.calibration:
         words += ["--calibration", Path(text).name]
-    if options.mode == "cluster" or options.router in CALIBRATED:
+    if options.reads_text:
         words += ["--calibration-tokens", options.calibration_tokens]
     if options.dense_layers:
         words += ["--dense-layers", ",".join(map(str, options.dense_layers))]
-    words += ["--attention", options.attention, "--router", options.router, "--dtype", options.dtype]
+    words += ["--attention", options.attention]
+    for name in ("cache_ratio", "kv_rank", "rope_dim", "max_kl"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", value]
+    words += ["--uniform"] if options.uniform else []
+    words += ["--router", options.router, "--dtype", options.dtype]
     return shlex.join(map(str, [*words, "--seed", options.seed]))

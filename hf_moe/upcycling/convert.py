@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .calibration import calibrate, sparse_layers
+from .calibration import calibrate
 from .calibration import digest as digest_of_texts
 from .card import write_card
 from .gguf_source import GgufSource
 from .headers import INDEX_NAME
 from .journal import JOURNAL_NAME, Journal
-from .layout import make_plan
+from .layout import exact_config, make_plan
+from .ledger import read_ledger, widths_in
 from .options import Options
 from .plan import Plan
 from .progress import byte_bar
@@ -85,13 +86,20 @@ def convert(source: Source, target: Path, options: Options, progress: bool) -> P
     config = HfMoeConfig(**plan.config)
     digest = plan.digest(source.fingerprint(), config.to_dict(), digest_of_texts(options))
 
-    def prepare(partial: Path) -> Source:
-        return calibrate(source, options, list(sparse_layers(plan.config)), partial, progress)
+    def prepare(partial: Path) -> tuple[Plan, Source]:
+        learnt = calibrate(source, options, exact_config(source, options), partial, progress)
+        return learnt_plan(source, options, partial), learnt
 
-    def finish(partial: Path, journal: Journal) -> None:
-        write_rest(plan, source, config, partial, journal)
+    def finish(plan: Plan, partial: Path, journal: Journal) -> None:
+        write_rest(plan, source, HfMoeConfig(**plan.config), partial, journal)
 
     return build(plan, source, target, digest, finish, progress, prepare)
+
+
+def learnt_plan(source: Source, options: Options, folder: Path) -> Plan:
+    """The plan, with the sizes that a compressed attention has in this folder."""
+    widths = widths_in(read_ledger(folder)) if options.attention == "compress" else None
+    return make_plan(source, options, widths)
 
 
 def build(
@@ -99,13 +107,13 @@ def build(
     source: Source,
     target: Path,
     digest: str,
-    finish: Callable[[Path, Journal], None],
+    finish: Callable[[Plan, Path, Journal], None],
     progress: bool,
-    prepare: Callable[[Path], Source] | None = None,
+    prepare: Callable[[Path], tuple[Plan, Source]] | None = None,
 ) -> Path:
     """Write the plan's weights and what `finish` adds into the hidden folder, then let the target appear.
 
-    `prepare` may write there first, and returns the source to read.
+    `prepare` may write there first, and returns the plan and the source that follow from it.
     """
     partial = partial_folder(target)
     _check_space(target.parent, plan, partial)
@@ -114,11 +122,11 @@ def build(
     try:
         if not journal.resume():
             _clear(partial)
-        source = prepare(partial) if prepare else source
+        plan, source = prepare(partial) if prepare else (plan, source)
         with byte_bar("writing weights", plan.nbytes, progress) as advance:
             advance(sum(len(shard.header) for shard in plan.shards))
             write_weights(plan, source, partial, journal, advance)
-        finish(partial, journal)
+        finish(plan, partial, journal)
         (partial / JOURNAL_NAME).unlink()
         _sync_folder(partial)
         os.rename(partial, target)

@@ -361,7 +361,7 @@ def _write(
     # Refuses, before anything is written, what the model could not be built from.
     config = _configuration(kind, fields)
 
-    def finish(folder: Path, journal: Journal) -> None:
+    def finish(plan: Plan, folder: Path, journal: Journal) -> None:
         (folder / INDEX_NAME).write_text(json.dumps(plan.index(), indent=1) + "\n", encoding="utf-8")
         config.save_pretrained(folder)
         if kind == "hf_moe":

@@ -13,17 +13,20 @@ from .headers import FLOAT_TYPES
 from .options import CALIBRATED, DTYPES, Options
 from .plan import DTYPE_NAMES, Plan, TargetTensor, pack
 from .sources import Source
+from .widths import Width, attention_tensors, check_budget, compressed_fields, limits_of, provisional
 
 
-def make_plan(source: Source, options: Options) -> Plan:
+def make_plan(source: Source, options: Options, widths: list[Width] | None = None) -> Plan:
     """Decide every tensor of the target.
 
+    Args:
+        widths: what each layer of a compressed attention caches; without them all layers are planned alike.
     Raises:
         ValueError: a tensor that is missing, has another shape than the configuration says, or is not known to the
             family; an option that the target cannot hold; sizes that do not divide.
     """
     family = family_of(source.config)
-    layout = Layout(source, family, options)
+    layout = Layout(source, family, options, widths)
     layout.check_source()
     config = layout.target_config()
     tensors = list(layout.tensors())
@@ -32,10 +35,15 @@ def make_plan(source: Source, options: Options) -> Plan:
     return Plan(source.location, source.revision, family.model_type, options, config, pack(tensors, options))
 
 
+def exact_config(source: Source, options: Options) -> dict[str, Any]:
+    """Fields of the target's configuration, with exact attention."""
+    return Layout(source, family_of(source.config), options).exact_config()
+
+
 class Layout:
     """Lists the target's tensors of one source, family and choice."""
 
-    def __init__(self, source: Source, family: Family, options: Options):
+    def __init__(self, source: Source, family: Family, options: Options, widths: list[Width] | None = None):
         self.headers = source.headers
         self.branches = len(source.branches)
         if (options.mode == "branch") != (self.branches > 1):
@@ -67,6 +75,11 @@ class Layout:
         if not floats:
             raise ValueError("the source holds no weights in a floating-point type")
         self.dtype = DTYPES[options.dtype] or max(sorted(set(floats)), key=floats.count)
+        self.widths = None
+        if options.attention == "compress":
+            limits = limits_of(self.fields, family.model_type)
+            check_budget(options, limits, family.model_type)
+            self.widths = widths or provisional(options, limits)
 
     def has(self, role: str, layer: int, suffix: str = "weight") -> bool:
         return self.part(role, layer, suffix).name in self.headers
@@ -116,6 +129,10 @@ class Layout:
             )
 
     def target_config(self) -> dict[str, Any]:
+        exact = self.exact_config()
+        return exact if self.widths is None else compressed_fields(exact, self.widths)
+
+    def exact_config(self) -> dict[str, Any]:
         options = self.options
         # Normalised weights sum to 1 over all shards, or over each one; each shard's share must be 1.
         shares = routed = options.shards - options.shared_shards
@@ -156,7 +173,23 @@ class Layout:
         if not self.fields["tie_word_embeddings"]:
             yield self._copy("lm_head.weight", self.part("head"), None)
 
+    def _compressed_attention(self, prefix: str, layer: int) -> Iterator[TargetTensor]:
+        assert self.widths is not None
+        for tensor in attention_tensors(self.exact_config(), self.widths[layer], layer):
+            name = prefix + tensor.name.removeprefix(f"layers.{layer}.self_attn.")
+            made = self._make(name, tensor.shape, "calibrated", [], layer)
+            yield replace(made, parts=(Part(tensor.name, branch=CALIBRATION),))
+        yield from self._head_norms(prefix, layer)
+
+    def _head_norms(self, prefix: str, layer: int) -> Iterator[TargetTensor]:
+        for role in ("q_norm", "k_norm"):
+            if role in self.family.modules():
+                yield self._norm(f"{prefix}{role}.weight", self.part(role, layer), layer)
+
     def _attention(self, prefix: str, layer: int) -> Iterator[TargetTensor]:
+        if self.widths is not None:
+            yield from self._compressed_attention(prefix, layer)
+            return
         shape = {"groups": self.groups, "nope": self.nope}
         hidden, heads = self.source_config["hidden_size"], {"heads": self.heads, "groups": self.groups}
         keys = self.groups * self.fields["qk_rope_head_dim"]
@@ -196,9 +229,7 @@ class Layout:
             yield self._make(
                 f"{prefix}o_proj.bias", (hidden,), "output_bias", parts, layer, exact, **heads, scale=self.residual
             )
-        for role in ("q_norm", "k_norm"):
-            if role in self.family.modules():
-                yield self._norm(f"{prefix}{role}.weight", self.part(role, layer), layer)
+        yield from self._head_norms(prefix, layer)
 
     def _dense(self, prefix: str, layer: int) -> Iterator[TargetTensor]:
         yield from self._mlp(prefix, layer, 0, self.source_config["intermediate_size"], self.residual)

@@ -17,7 +17,10 @@ SPLIT_SCALES = {
     "down": "on the experts' down-projections, for classes without such a factor",
 }
 EXACT_MODES = ("copy", "split")
-ATTENTIONS = {"exact": "grouped-query attention as latent attention, same logits, same cache size"}
+ATTENTIONS = {
+    "exact": "grouped-query attention as latent attention, same logits, same cache size",
+    "compress": "a smaller cache: rotary energy gathered in few pairs, the rest in a latent; not exact, and measured",
+}
 ROUTERS = {
     "random": "normal weights of standard deviation router_std",
     "zero": "zeros: every token prefers the first experts",
@@ -43,10 +46,14 @@ class Options:
         split_scale: a key of `SPLIT_SCALES`, where the number of routed shards stands that normalised weights lack;
             "groups" by default in mode `split`. With the others a token may miss shards once the router learns.
         drop_ratio: share of the neurons that `drop` draws anew. noise_std: strength of `noise`.
-        attention: a key of `ATTENTIONS`. router: a key of `ROUTERS`, with `router_std`; "activity" by default in mode
+        attention: a key of `ATTENTIONS`. "compress" needs one of `cache_ratio`, share of the source's cache;
+            `kv_rank` with `rope_dim`, latent and rotary numbers of every layer; `max_kl`, nats a token on text.
+        uniform: whether `cache_ratio` and `max_kl` give every layer the same sizes, as other engines want them.
+        router: a key of `ROUTERS`, with `router_std`; "activity" by default in mode
             `cluster`, "random" elsewhere.
         calibration: text files that mode `cluster` and some routers learn from, by default the second half of Python's
-            language reference; for the router "prompts" one for each source. calibration_tokens: how many of each.
+            language reference; for the router "prompts" one for each source. calibration_tokens: how many of each,
+            16,384 by default if attention is compressed and 4,096 if not.
         dense_layers: layers that keep their MLP.
         dtype: "auto" keeps the source's; a GGUF's is float32.
         seed: of everything random.
@@ -65,10 +72,15 @@ class Options:
     drop_ratio: float = 0.5
     noise_std: float = 0.05
     attention: str = "exact"
+    cache_ratio: float | None = None
+    kv_rank: int | None = None
+    rope_dim: int | None = None
+    max_kl: float | None = None
+    uniform: bool = False
     router: str | None = None
     router_std: float = 0.02
     calibration: tuple[str, ...] = ()
-    calibration_tokens: int = 4096
+    calibration_tokens: int | None = None
     dense_layers: tuple[int, ...] = ()
     dtype: str = "auto"
     seed: int = 0
@@ -90,6 +102,8 @@ class Options:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known are {', '.join(known)}")
         if self.top_k is None:
             object.__setattr__(self, "top_k", 1 if self.experts == 1 else 2)
+        if self.calibration_tokens is None:
+            object.__setattr__(self, "calibration_tokens", 16384 if self.attention == "compress" else 4096)
         least_of = {
             "experts": 1,
             "top_k": 1,
@@ -110,6 +124,7 @@ class Options:
         if self.top_k is not None and self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} is above experts={self.experts}")
         self._check_router()
+        self._check_budget()
         if self.mode == "split":
             self._check_split()
         elif self.mode == "cluster":
@@ -121,6 +136,37 @@ class Options:
                 f"shards={self.shards} and shared_shards={self.shared_shards} belong to mode='split', "
                 f"not to mode={self.mode!r}"
             )
+
+    def _check_budget(self) -> None:
+        ranks = (self.kv_rank, self.rope_dim)
+        given = [name for name in ("cache_ratio", "max_kl") if getattr(self, name) is not None]
+        given += ["kv_rank with rope_dim"] if ranks != (None, None) else []
+        if self.attention != "compress":
+            if given or self.uniform:
+                raise ValueError(
+                    f"{given[0] if given else 'uniform'} belongs to attention='compress', "
+                    f"not to attention={self.attention!r}"
+                )
+            return
+        if self.mode == "branch":
+            raise ValueError("attention='compress' takes one source, not the several of mode='branch'")
+        if len(given) != 1:
+            raise ValueError(
+                "attention='compress' needs exactly one of cache_ratio, kv_rank with rope_dim, and max_kl; got "
+                + (" and ".join(given) or "none")
+            )
+        if None in ranks and ranks != (None, None):
+            raise ValueError(f"kv_rank={self.kv_rank} and rope_dim={self.rope_dim}: give both or neither")
+        for name, most in (("cache_ratio", 1.0), ("max_kl", 1e6)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int | float) or not 0 < value <= most):
+                raise ValueError(f"{name}={value!r} must be a number above 0, at most {most:,.0f}")
+        for name, least in (("kv_rank", 1), ("rope_dim", 2)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if self.rope_dim is not None and self.rope_dim % 2:
+            raise ValueError(f"rope_dim={self.rope_dim} must be even: rotation acts on pairs")
 
     def _check_split(self) -> None:
         if self.shards < 2:
@@ -154,10 +200,18 @@ class Options:
         for router, mode in (("activity", "cluster"), ("prompts", "branch")):
             if self.router == router and self.mode != mode:
                 raise ValueError(f"router={router!r} belongs to mode={mode!r}, not to mode={self.mode!r}")
-        if self.calibration and self.mode != "cluster" and self.router not in CALIBRATED:
-            raise ValueError(f"calibration text is not read with mode={self.mode!r} and router={self.router!r}")
+        if self.calibration and not self.reads_text:
+            raise ValueError(
+                f"calibration text is not read with mode={self.mode!r}, router={self.router!r} and "
+                f"attention={self.attention!r}"
+            )
         if self.router == "prompts" and not self.calibration:
             raise ValueError("router='prompts' needs calibration: a file of prompts for each source")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the conversion learns from text."""
+        return self.mode == "cluster" or self.router in CALIBRATED or self.attention == "compress"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import transformers
 
-from .calibration import CALIBRATION_NAME, CalibratedSource, default_text, needs_calibration
+from .calibration import CALIBRATION_NAME, CalibratedSource, default_text, needs_experts
 from .card import add_measurements
-from .convert import PROVENANCE_NAME
+from .convert import PROVENANCE_NAME, learnt_plan
 from .headers import read_folder
-from .layout import make_plan
+from .learnt_attention import ATTENTION_NAME
+from .ledger import LEDGER_NAME
 from .options import EXACT_MODES, Options
 from .plan import Plan
 from .progress import byte_bar, step_bar
@@ -64,7 +65,7 @@ def verify(
 
     Bytes: every tensor is computed again from the source and must equal the file; every other file must have the hash
     that was recorded. Numbers, in fp32: logits of `tokens` tokens, `new_tokens` greedy tokens, and decoding with a
-    cache against one pass without. Of a mode that is not exact only the last one can fail, with 100 times the
+    cache against one pass without. Of inexact modes and attention only the last can fail, with 100 times the
     tolerance; the rest is measured.
 
     Args:
@@ -89,7 +90,7 @@ def verify(
     certificate: dict[str, Any] = {"passed": False, "failures": failures, "source": opened.title}
     certificate |= {"revision": opened.revision, "options": record.options.to_dict()}
     if not failures:
-        exact = record.options.mode in EXACT_MODES
+        exact = record.options.mode in EXACT_MODES and record.options.attention == "exact"
         measured = _compare(opened, folder, text, tokens, new_tokens, progress)
         certificate |= measured
         failures += _judge(measured, tolerance, exact)
@@ -149,7 +150,7 @@ def read_record(folder: Path) -> Record:
 
 
 def _check_bytes(source: Source, folder: Path, record: Record, progress: bool) -> list[str]:
-    plan = make_plan(source, record.options)
+    plan = learnt_plan(source, record.options, folder)
     failures = []
     for name, digest in record.files.items():
         if not (folder / name).is_file():
@@ -160,10 +161,12 @@ def _check_bytes(source: Source, folder: Path, record: Record, progress: bool) -
         read_folder(folder)
     except ValueError as error:
         return [*failures, str(error)]
-    if needs_calibration(record.options):
-        if CALIBRATION_NAME not in record.files or failures:
-            return [*failures, f"{CALIBRATION_NAME} is not what {PROVENANCE_NAME} says"]
-        source = CalibratedSource(source, folder / CALIBRATION_NAME)
+    if record.options.reads_text:
+        needed = {CALIBRATION_NAME} if needs_experts(record.options) else set()
+        needed |= {ATTENTION_NAME, LEDGER_NAME} if record.options.attention == "compress" else set()
+        if failures or not needed <= record.files.keys():
+            return [*failures, f"{min(needed)} is not what {PROVENANCE_NAME} says"]
+        source = CalibratedSource(source, folder)
     with byte_bar("checking weights", plan.nbytes, progress) as advance:
         failures += list(_differing(plan, source, folder, record, advance))
     return failures
@@ -210,6 +213,7 @@ def _compare(
             "max_abs_difference": difference.max().item(),
             "mean_abs_difference": difference.mean().item(),
             "top1_agreement": agree.double().mean().item(),
+            "kl": _divergence(dense.logits, moe.logits),
         },
         "loss": {"source": dense.loss, "target": moe.loss, "difference": moe.loss - dense.loss},
         "decode": {
@@ -218,6 +222,15 @@ def _compare(
             "cached_max_abs_difference": (moe.cached - moe.uncached).abs().max().item(),
         },
     }
+
+
+def _divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL of the next token's distribution from the source's, in nats."""
+    total = 0.0
+    for ours, theirs in zip(exact.split(_CHUNK), other.split(_CHUNK), strict=True):
+        p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+    return total / len(exact)
 
 
 def _judge(measured: dict[str, Any], tolerance: float, exact: bool) -> list[str]:

@@ -135,7 +135,7 @@ def test_router_from_prompts_sends_each_text_to_its_source(tmp_path):
     for number, (folder, file) in enumerate(zip(folders, files, strict=True)):
         seen, opened = [], open_source(folder)
         run_by_layers(
-            opened, _ids(opened, Path(file).read_text(), 256), lambda i, x, c, s=seen: s.append(x), lambda n: 0
+            opened, _ids(opened, Path(file).read_text(), 256, 1), lambda i, x, c, s=seen: s.append(x), lambda n: 0
         )
         best = (seen[0] @ gate[:2].T).argmax(1)
         assert (best == number).float().mean() >= 0.9
@@ -183,8 +183,8 @@ def test_interrupted_it_goes_on_without_reading_again(tmp_path, monkeypatch):
         ({"mode": "cluster", "calibration_tokens": 1}, "calibration_tokens=1 must be a whole number of at least 2"),
         ({"router": "activity"}, "router='activity' belongs to mode='cluster', not to mode='copy'"),
         ({"router": "prompts", "mode": "branch"}, "needs calibration: a file of prompts for each source"),
-        ({"calibration": ("a",)}, "calibration text is not read with mode='copy' and router='random'"),
-        ({"router": "centroids", "calibration_tokens": 10**7}, "the calibration text has .* tokens, .*=10000000 are"),
+        ({"calibration": ("a",)}, "not read with mode='copy', router='random' and attention='exact'"),
+        ({"router": "centroids", "calibration_tokens": 10**7}, "text has .* tokens, 9999872 are needed"),
     ],
 )
 def test_choices_that_cannot_be(tmp_path, choices, message):

@@ -1,0 +1,161 @@
+"""`--attention compress` on whole models: exact at full size, a price that falls as caches grow, caches, resumption."""
+
+import json
+
+import pytest
+import torch
+from dense import random_ids, save_dense
+from test_exactness import decode, load_pair
+from transformers import StaticCache
+
+from hf_moe.cost import cache_numbers, cache_widths
+from hf_moe.upcycling import Options, make_plan, open_source, upcycle, verify
+from hf_moe.upcycling import learnt_attention as learnt_module
+from hf_moe.upcycling.convert import partial_folder
+from hf_moe.upcycling.summary import summarise
+
+# The tests' models have no tokenizer, so the text is random tokens.
+TEXT = {"attention": "compress", "experts": 1, "calibration_tokens": 1024, "progress": False}
+NAMES = ["llama3", "qwen2", "qwen3", "mistral", "gemma2"]
+# Sizes at which the cache is the source's: all pairs rotary (keys of qwen3 stay as they are) and all of the values.
+FULL = {"llama3": (32, 32), "qwen2": (24, 24), "qwen3": (16, 32), "mistral": (24, 24), "gemma2": (32, 32)}
+
+
+def ledger_of(folder):
+    return json.loads((folder / "ledger.json").read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_full_size_is_the_source(tmp_path, name):
+    source = save_dense(tmp_path / "dense", name)
+    rope_dim, kv_rank = FULL[name]
+    target = upcycle(source, tmp_path / "moe", kv_rank=kv_rank, rope_dim=rope_dim, **TEXT)
+    dense, moe = load_pair(source, target)
+    assert cache_numbers(moe.config.to_dict()) == ledger_of(target)["cache_numbers_source"]
+    ids = random_ids()
+    assert (moe(ids).logits - dense(ids).logits).abs().max() <= 2e-5
+    tokens, _ = decode(moe, ids, 6)
+    assert torch.equal(tokens, decode(dense, ids, 6)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_price_falls_as_the_cache_grows(tmp_path, name):
+    source, prices = save_dense(tmp_path / "dense", name), []
+    ratios = (0.7, 0.9) if name == "qwen3" else (0.5, 0.75)
+    ids = random_ids()
+    for ratio in ratios:
+        target = upcycle(source, tmp_path / f"{ratio}", cache_ratio=ratio, **TEXT)
+        dense, moe = load_pair(source, target)
+        ledger = ledger_of(target)
+        assert ledger["cache_numbers"] <= ratio * ledger["cache_numbers_source"]
+        assert ledger["cache_numbers"] == cache_numbers(moe.config.to_dict())
+        p, q = (model(ids).logits.log_softmax(-1) for model in (dense, moe))
+        prices.append((p.exp() * (p - q)).sum(-1).mean())
+        assert 0 < ledger["model"]["kl"] < 2
+    assert prices[1] < prices[0] / 2
+
+    # The last one: every cache and both forms of attention give the same tokens.
+    tokens, cached = decode(moe, ids, 8)
+    uncached = moe(torch.cat([ids, tokens[:, :-1]], dim=1), use_cache=False).logits[:, -8:]
+    assert (cached - uncached).abs().max() <= 2e-5
+    static = StaticCache(config=moe.config, max_cache_len=64)
+    both = [moe.generate(ids, past_key_values=c, max_new_tokens=8, do_sample=False) for c in (None, static)]
+    assert torch.equal(*both)
+    layer = moe.model.layers[1].self_attn
+    x, rope = torch.randn(1, 9, 48), moe.model.rotary_emb(ids[:1, :9].float(), torch.arange(9)[None])
+    rope = moe.model.rotary_emb.of_layers(
+        {t: moe.model.rotary_emb(x, torch.arange(9)[None], t) for t in moe.model.rotary_emb.layer_types}
+    )[1]
+    expanded = layer(x, rope, None)[0]
+    layer.absorption_pays = lambda *_: True
+    assert (layer(x, rope, None)[0] - expanded).abs().max() <= 1e-5 * expanded.abs().max()
+
+
+def test_with_experts_it_resumes_and_verifies(tmp_path, monkeypatch):
+    """One pass makes experts and attention; what was learnt is not learnt again; bytes are those of one run."""
+    source = save_dense(tmp_path / "dense", "qwen2", tokenizer=True)
+    choices = TEXT | {"mode": "split", "shards": 2, "experts": 4, "top_k": 2, "cache_ratio": 0.6}
+    whole = upcycle(source, tmp_path / "whole", **choices)
+    certificate = verify(source, whole, tokens=64, new_tokens=4, progress=False)
+    assert certificate["passed"]
+    assert 0 < certificate["logits"]["kl"] < 2
+    assert certificate["logits"]["max_abs_difference"] > 1e-3
+    card = (whole / "README.md").read_text()
+    assert "Price of the smaller cache" in card
+    assert "--attention compress --cache-ratio 0.6" in card
+
+    from hf_moe.upcycling import convert as convert_module
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "write_weights", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            upcycle(source, tmp_path / "again", **choices)
+    assert (partial_folder(tmp_path / "again") / "ledger.json").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(learnt_module, "survey", None)
+        again = upcycle(source, tmp_path / "again", **choices)
+    for name in ("ledger.json", "config.json", "calibration-attention.safetensors", "model-00001-of-00001.safetensors"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+    ledger = ledger_of(whole)
+    ledger["layers"][0]["latent"] += 1
+    (whole / "ledger.json").write_text(json.dumps(ledger))
+    with pytest.raises(ValueError, match=r"ledger.json has changed"):
+        verify(source, whole, tokens=64, new_tokens=4, progress=False)
+
+
+def test_uniform_sizes_and_a_limit_on_the_price(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    target = upcycle(source, tmp_path / "uniform", cache_ratio=0.5, uniform=True, **TEXT)
+    config = json.loads((target / "config.json").read_text())
+    assert config["kv_lora_ranks"] is None
+    assert len(set(cache_widths(config))) == 1
+    assert ledger_of(target)["model"]["kl"] > 1e-3
+    within = ledger_of(upcycle(source, tmp_path / "within", max_kl=1e-3, **TEXT))
+    assert within["model"]["kl"] <= 1e-3
+    assert within["cache_numbers"] < within["cache_numbers_source"]
+
+
+def test_plan_shows_the_smaller_cache(tmp_path):
+    source = open_source(save_dense(tmp_path / "dense"))
+    half = summarise(make_plan(source, Options(attention="compress", cache_ratio=0.5)), source)
+    assert half["target"]["cache_bytes_per_token"] * 2 == half["source"]["cache_bytes_per_token"]
+    ranks = Options(attention="compress", kv_rank=20, rope_dim=8)
+    assert summarise(make_plan(source, ranks), source)["target"]["cache_bytes_per_token"] == 3 * 28 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "message"),
+    [
+        ("llama3", {}, "exactly one of cache_ratio, kv_rank with rope_dim, and max_kl; got none"),
+        ("llama3", {"cache_ratio": 0.5, "max_kl": 0.1}, "got cache_ratio and max_kl"),
+        ("llama3", {"kv_rank": 8}, "kv_rank=8 and rope_dim=None: give both or neither"),
+        ("llama3", {"cache_ratio": 1.5}, "cache_ratio=1.5 must be a number above 0, at most 1"),
+        ("llama3", {"kv_rank": 8, "rope_dim": 7}, "rope_dim=7 must be even"),
+        ("llama3", {"cache_ratio": 0.5, "attention": "exact"}, "cache_ratio belongs to attention='compress'"),
+        ("llama3", {"cache_ratio": 0.04}, "leaves 3 of 64 .* the least that can be built is 3, cache_ratio=0.0469"),
+        ("llama3", {"kv_rank": 61, "rope_dim": 4}, "kv_rank=61 is above 60, all that keys and values .* rope_dim=4"),
+        ("llama3", {"kv_rank": 8, "rope_dim": 40}, "rope_dim=40 is above the 32 that the source's keys have"),
+        ("qwen3", {"cache_ratio": 0.5}, "cache_ratio=0.5157: the keys of qwen3 have norms of their own"),
+        ("qwen3", {"kv_rank": 8, "rope_dim": 8}, "keys of qwen3 have norms of their own and cannot be compressed"),
+        ("phi3_partial", {"cache_ratio": 0.5}, "keys that rotate whole: phi3 rotates 6 of 12"),
+        (
+            "llama3",
+            {"cache_ratio": 0.5, "calibration": ("TEXT",)},
+            "the calibration text has 12 tokens, 1280 are needed",
+        ),
+    ],
+)
+def test_what_cannot_be_compressed_is_refused_with_its_numbers(tmp_path, name, choices, message):
+    source = save_dense(tmp_path / "dense", name, tokenizer="calibration" in choices)
+    if "calibration" in choices:
+        (tmp_path / "short").write_text("twelve bytes")
+        choices = choices | {"calibration": (str(tmp_path / "short"),)}
+    with pytest.raises(ValueError, match=message):
+        upcycle(source, tmp_path / "moe", **TEXT | choices)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "short"] == ["dense"]
