@@ -1,5 +1,6 @@
 """Heal SmolLM2-135M with a compressed cache, and enter its perplexity into the table of the compression.
 
+    python examples/latent/heal.py --tiny                  # seconds on a CPU: a random model, random ids
     python examples/continued/prepare_text.py .data        # once: real text, from Debian's manuals
     python examples/latent/heal.py --text .data            # cache ratios 0.5 and 0.25, one GPU, 3 minutes each
 
@@ -9,13 +10,16 @@ and measured on others. Rows go into results.json, curves and settings into heal
 
 import argparse
 import json
+import lzma
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_moe.demo.run import packaged_checkpoint
 from hf_moe.upcycling import heal, upcycle
@@ -31,73 +35,80 @@ def enter(path: Path, ratio: float, record: dict[str, Any]) -> dict[str, Any]:
     if row is None:
         row = {"ratio": ratio, "method": "ours", **{name: before[name] for name in ("kl", "top1", "ppl", "ppl_source")}}
         rows.append(row)
-    # The table's perplexities are of one text; what healing gains is a ratio.
-    row["ppl_healed"] = round(row["ppl_source"] * after["ppl"] / after["ppl_source"], 4)
-    row["heal_tokens"] = record["settings"]["tokens"]
+    if abs(row["ppl_source"] / after["ppl_source"] - 1) > 1e-3:
+        raise ValueError(
+            f"the row's source has perplexity {row['ppl_source']}, here {after['ppl_source']}: it was measured on "
+            "another text"
+        )
+    row["ppl_healed"], row["heal_tokens"] = round(after["ppl"], 4), record["settings"]["tokens"]
     path.write_text(json.dumps(rows, indent=1) + "\n")
     return row
+
+
+def tiny(folder: Path) -> Path:
+    """A random Llama and random ids, for a run of seconds."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "source")
+    for name, count in (("train", 10000), ("heldout", 400)):
+        with lzma.open(folder / f"{name}.npy.xz", "wb") as file:
+            np.save(file, np.random.default_rng(count).integers(1, 64, count).astype(np.uint16))
+    return folder / "source"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("--tiny", action="store_true", help="seconds on a CPU, with a random model")
     add("--text", type=Path, default=Path(".data"), help="folder with train.npy.xz and heldout.npy.xz")
     add("--source", type=Path, help="dense model; the packaged SmolLM2-135M-Instruct by default")
     add("--ratios", type=float, nargs="+", default=[0.5, 0.25], help="of the cache")
+    add("--tokens", type=int, nargs="+", default=[10_000_000, 29_900_000], help="to read at each ratio")
+    add("--learning-rate", type=float, nargs="+", default=[1e-3, 1e-3], help="at each ratio")
+    add("--calibration-tokens", type=int, default=16384)
     add("--models", type=Path, help="where compressed and healed folders are kept; a temporary folder by default")
     add("--output", type=Path, default=HERE, help="folder of results.json and healed.json")
     add("--train", default="all", choices=("attention", "all"))
-    add("--tokens", type=int, default=30_000_000)
     add("--length", type=int, default=512)
     add("--batch", type=int, default=32)
-    add("--learning-rate", type=float)
-    add("--layer-weight", type=float, default=0.0)
-    add("--calibration-tokens", type=int, default=65_536)
     add("--seed", type=int, default=0)
     options = parser.parse_args()
-    source = options.source or packaged_checkpoint()
-    choices = {
-        name: getattr(options, name)
-        for name in ("train", "tokens", "length", "batch", "learning_rate", "layer_weight", "seed")
-    }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    setup = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.models or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for ratio in options.ratios:
-            compressed, healed = folder / f"compressed-{ratio}", folder / f"healed-{ratio}"
-            if not compressed.exists():
-                upcycle(
-                    source,
-                    compressed,
-                    experts=1,
-                    attention="compress",
-                    cache_ratio=ratio,
-                    calibration_tokens=options.calibration_tokens,
-                )
-            start = time.monotonic()
-            record = heal(
-                source,
-                compressed,
-                healed,
-                [options.text / "train.npy.xz"],
-                heldout=options.text / "heldout.npy.xz",
-                save_steps=1_000_000,
-                **choices,
-            )
-            seconds = round(time.monotonic() - start, 1)
-            row = enter(options.output / "results.json", ratio, record)
-            print(f"{ratio}: {seconds} s, {record['before']} -> {record['after']}; {row}", flush=True)
-            path = options.output / "healed.json"
-            runs = json.loads(path.read_text()) if path.exists() else {}
-            record["settings"] = {
-                **choices,
-                "steps": record["settings"]["steps"],
-                "learning_rate": record["settings"]["learning_rate"],
-            }
-            runs[str(ratio)] = {"setup": setup, "seconds": seconds, **record}
-            path.write_text(json.dumps(runs, indent=1) + "\n")
+        if options.tiny:
+            options.text, options.length, options.batch = folder, 16, 4
+            options.tokens, options.calibration_tokens = [2560] * len(options.ratios), 512
+        source = tiny(folder) if options.tiny else options.source or packaged_checkpoint()
+        for ratio, tokens, rate in zip(options.ratios, options.tokens, options.learning_rate, strict=True):
+            run(ratio, tokens, rate, source, folder, options)
+
+
+def run(ratio: float, tokens: int, rate: float, source: Path, folder: Path, options: argparse.Namespace) -> None:
+    """Compress, heal and enter one ratio."""
+    compressed, start = folder / f"compressed-{ratio}", time.monotonic()
+    if not compressed.exists():
+        calibration = {"cache_ratio": ratio, "calibration_tokens": options.calibration_tokens}
+        upcycle(source, compressed, experts=1, attention="compress", **calibration)
+    choices = {name: getattr(options, name) for name in ("train", "length", "batch", "seed")}
+    choices |= {"tokens": tokens, "learning_rate": rate}
+    text, heldout = options.text / "train.npy.xz", options.text / "heldout.npy.xz"
+    # Few minutes: no checkpoint.
+    record = heal(source, compressed, folder / f"healed-{ratio}", [text], heldout=heldout, save_steps=10**6, **choices)
+    seconds = round(time.monotonic() - start, 1)
+    row = enter(options.output / "results.json", ratio, record)
+    print(f"{ratio}: {seconds} s, {record['before']} -> {record['after']}; {row}", flush=True)
+    path = options.output / "healed.json"
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    # Without the paths of this machine.
+    settings = {name: record["settings"][name] for name in (*choices, "steps")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    setup = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+    runs[str(ratio)] = {"setup": setup, "seconds": seconds, **record, "settings": settings}
+    path.write_text(json.dumps(runs, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,16 @@ def test_continue_pretraining(tmp_path, monkeypatch, capsys):
     assert all(row["heldout_loss"] == round(curves[row["init"]][-1][1], 4) for row in rows)
 
 
+def test_heal_compressed(tmp_path, monkeypatch):
+    words = ["--tiny", "--ratios", 0.25, "--learning-rate", 3e-3, "--output", tmp_path]
+    run("latent/heal.py", monkeypatch, *words)
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    record = json.loads((tmp_path / "healed.json").read_text())["0.25"]
+    assert (row["ratio"], row["method"], row["heal_tokens"]) == (0.25, "ours", 2560)
+    assert row["kl"] == record["before"]["kl"] > 1.2 * record["after"]["kl"]
+    assert row["ppl_healed"] == round(record["after"]["ppl"], 4)
+
+
 def test_committed_results_are_of_the_size_that_they_claim():
     folder = EXAMPLES / "continued"
     rows = {row["init"]: row for row in json.loads((folder / "results.json").read_text())}
