@@ -85,6 +85,7 @@ def latent_attention(
     scaling: float,
     *,
     q_latent: torch.Tensor | None,
+    w_uv: torch.Tensor,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
@@ -97,14 +98,16 @@ def latent_attention(
     Args:
         query: rotated queries (B, H, S, P). q_latent: queries on latents (B, H, S, C), or None.
         key, value: the cache as stored: rotary keys (B, 1, L, G·P) and latents (B, 1, L, C).
+        w_uv: (H, V, C), what makes values of latents.
         pages: of packed sequences, as `paging_hf_moe.update_paged` returns them with its keys and latents.
         Others as in `latent_decode.latent_decode`.
     Returns:
-        attended latents (B, H, S, C), and no weights.
+        attended values (B, S, H, V), and no weights.
     """
     from . import latent_decode as kernels
 
-    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks_H": s_aux, "window": window}
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks_H": s_aux, "value_HVC": w_uv}
+    options["window"] = window
     if pages is not None:
         return kernels.latent_decode_packed(q_latent, query, value, key, **options, **pages), None
     options |= {"attention_mask": attention_mask, "is_causal": is_causal, "end_B": end}

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import latent_hopper
-from .descriptors import dense_rows, dot_precision, processors
-from .latent_join import join
+from .descriptors import dense_rows, dot_precision, has_copy_engine, processors
+from .latent_join import join, values
 from .tuning import cdiv, power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -140,6 +140,10 @@ def _attend_kernel(
     tl.store(out_ptr + here[:, None] * C + c, sums.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & (c < C))
 
 
+# Below this many tokens a call takes as long as its programs take to start, and small ones start faster.
+_FEW_TOKENS = 8192
+
+
 class Tile(NamedTuple):
     """Query rows and cached tokens of a block, warps a program, blocks in flight."""
 
@@ -149,20 +153,22 @@ class Tile(NamedTuple):
     stages: int
 
 
-def choose(R: int, bytes_wide: int, tokens: int) -> Tile:
-    """The tile for R rows that share keys, a latent of so many bytes, and so many tokens a program."""
-    if bytes_wide > 1024:
-        return Tile(16, 32 if bytes_wide <= 2048 else 16, 4, 2)
-    if R <= 16:
-        return Tile(16, 64 if tokens > 32 else 32, 4, 2)
-    return Tile(64, 64, 8, 2)
+def choose(R: int, bytes_wide: int, tokens: int, device: torch.device) -> Tile:
+    """The tile for R rows that share keys, a latent of so many bytes, and so many tokens in all sequences."""
+    if R > 16 and bytes_wide <= 1024 and has_copy_engine(device):
+        return Tile(64, 64, 8, 2)  # 221 KiB of shared memory, as Hopper has it
+    fit = max(16, 65536 // bytes_wide)
+    if tokens < _FEW_TOKENS:
+        return Tile(16, min(16 if tokens <= 2048 else 32, fit), 4, 2)
+    return Tile(16, 128, 8, 2) if bytes_wide < 512 else Tile(16, min(64, fit), 4, 2)
 
 
 @torch.library.custom_op("hf_moe::latent_decode", mutates_args=())
 def _latent_decode(
     q_latent: Tensor | None, q_rot: Tensor, latent: Tensor, k_rot: Tensor, slots: Tensor | None, mask: Tensor | None,
     start: Tensor | None, end: Tensor | None, query_start: Tensor | None, sinks: Tensor | None,
-    C: int, G: int, longest_query: int, longest_key: int, causal: bool, scaling: float, softcap: float, window: int,
+    value: Tensor | None, C: int, G: int, longest_query: int, longest_key: int, causal: bool, scaling: float,
+    softcap: float, window: int,
 ) -> Tensor:  # fmt: skip
     B, H, S, P = q_rot.shape
     sequences = B if query_start is None else query_start.shape[0] - 1
@@ -174,11 +180,12 @@ def _latent_decode(
     q_latent = None if q_latent is None else q_latent.contiguous()
     R = H // G * longest_query
     block_c, block_p = max(power_of_2(C), 16), max(power_of_2(P), 16)
-    on_hopper = slots is None and query_start is None and latent_hopper.suits(q_latent, q_rot_rows, latent, k_rot, mask)
-    if on_hopper:
-        tile = Tile(64, 64, 12, 2)
-    else:
-        tile = choose(R, block_c * latent.element_size(), cdiv(longest_key * B * G, processors(device)))
+    tokens = longest_key * sequences * G
+    on_hopper = slots is None and query_start is None and (R > 16 or tokens >= _FEW_TOKENS)
+    on_hopper = on_hopper and latent_hopper.suits(q_latent, q_rot_rows, latent, k_rot, mask)
+    tile = Tile(64, 64, 12, 2) if on_hopper else choose(R, block_c * latent.element_size(), tokens, device)
+    if slots is not None:
+        tile = tile._replace(warps=8)  # addresses take registers
     row_blocks = cdiv(R, tile.rows)
     room = (1 if on_hopper else 2) * processors(device)
     N = _splits(cdiv(longest_key, tile.tokens), row_blocks * sequences * G, room)
@@ -195,9 +202,7 @@ def _latent_decode(
             q_latent, q_rot_rows, latent, k_rot, mask, start, end, part, log,
             G, longest_key, N, causal, scaling, softcap, window,
         )  # fmt: skip
-        if not direct:
-            join(part, log, sinks, out)
-        return out
+        return _finish(part, log, sinks, value, out)
     kind, by_row, strides = "none", False, [0] * 4
     if mask is not None:
         kind = "boolean" if mask.dtype == torch.bool else "additive"
@@ -211,17 +216,22 @@ def _latent_decode(
         dot_precision(dtype), tile.rows, tile.tokens, block_c, block_p, tile.tokens if by_row else 1024,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if not direct:
-        join(part, log, sinks, out)
-    return out
+    return _finish(part, log, sinks, value, out)
+
+
+def _finish(part: Tensor, log: Tensor, sinks: Tensor | None, value: Tensor | None, out: Tensor) -> Tensor:
+    if log is not out:
+        return join(part, log, sinks, value, out)
+    return out if value is None else values(out, value)
 
 
 @_latent_decode.register_fake
 def _latent_decode_fake(
     q_latent, q_rot, latent, k_rot, slots, mask, start, end, query_start, sinks,
-    C, G, longest_query, longest_key, causal, scaling, softcap, window,
+    value, C, G, longest_query, longest_key, causal, scaling, softcap, window,
 ):  # fmt: skip
-    return q_rot.new_empty((*q_rot.shape[:3], C))
+    B, H, S, _ = q_rot.shape
+    return q_rot.new_empty((B, H, S, C) if value is None else (B, S, H, value.shape[1]))
 
 
 def _splits(tiles: int, programs: int, room: int) -> int:
@@ -253,11 +263,12 @@ def latent_decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    value_HVC: Tensor | None = None,
 ) -> Tensor:
-    """The absorbed form of latent attention, up to the values' projection.
+    """The absorbed form of latent attention.
 
         score[h, l] = (q_latent[h] · latent[l] + q_rot[h] · k_rot[l, g(h)]) · scaling        g(h) = ⌊h · G / H⌋
-        out[h]      = Σ_l softmax(score[h])[l] · latent[l]
+        out[h]      = (value[h] @) Σ_l softmax(score[h])[l] · latent[l]
 
     Args:
         q_latent_BHSC: queries with W_uk folded in; None where keys are rotary alone.
@@ -271,8 +282,10 @@ def latent_decode(
             One end for all may have one element. A static cache costs what is written in it.
         window: a causal query sees this many tokens, its own the last.
         softcap: scores become softcap · tanh(score / softcap). sinks_H: one more logit a head, in the divisor alone.
+        value_HVC: W_uv, to be applied to the result.
     Returns:
-        (B, H, S, C) in q_rot's dtype, accumulated in fp32; exact zeros for a query that sees nothing.
+        (B, H, S, C), or with value_HVC (B, S, H, V), in q_rot's dtype, summed in fp32; zeros for a query that sees
+        nothing.
     Raises:
         ValueError: a mask that is not as long as the cache, or a window without causal queries.
     Gradients: none.
@@ -290,7 +303,7 @@ def latent_decode(
         raise ValueError(f"window={window} needs causal queries, got is_causal={is_causal}")
     return _latent_decode(
         q_latent_BHSC, q_rot_BHSP, _rows(latent_B1LC), _rows(k_rot_B1LX), None, attention_mask, start_B, end_B, None,
-        sinks_H, C, k_rot_B1LX.shape[-1] // P, S, L, is_causal, scaling, softcap or 0.0, window or 0,
+        sinks_H, value_HVC, C, k_rot_B1LX.shape[-1] // P, S, L, is_causal, scaling, softcap or 0.0, window or 0,
     )  # fmt: skip
 
 
@@ -311,6 +324,7 @@ def latent_decode_packed(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    value_HVC: Tensor | None = None,
 ) -> Tensor:
     """`latent_decode` of sequences that stand one behind the other, their keys packed or in pages.
 
@@ -324,13 +338,13 @@ def latent_decode_packed(
         slot_L: the slot of each packed key, int32 or int64.
         latent_width, rotary_width: C and X, which the halves don't show.
     Returns:
-        (1, H, T, C).
+        (1, H, T, C), or with value_HVC (1, T, H, V).
     Cost: pages are read where they are.
     """
     C = latent.shape[-1] if latent_width is None else latent_width
     X = k_rot.shape[-1] if rotary_width is None else rotary_width
     return _latent_decode(
         q_latent_1HTC, q_rot_1HTP, latent.contiguous(), k_rot.contiguous(), slot_L, None, key_start[:-1], key_start[1:],
-        query_start, sinks_H, C, X // q_rot_1HTP.shape[-1], longest_query, longest_key, True, scaling, softcap or 0.0,
-        window or 0,
+        query_start, sinks_H, value_HVC, C, X // q_rot_1HTP.shape[-1], longest_query, longest_key, True, scaling,
+        softcap or 0.0, window or 0,
     )  # fmt: skip

@@ -1,8 +1,9 @@
-"""The second pass of attention split over the context: parts of a softmax become one.
+"""The second pass of attention split over the context: parts of a softmax become one, and for few rows values at once.
 
-Letters: T rows (queries times heads), N parts a row, C latent width, H heads, S rows a head.
+Letters: B batch, S queries, H heads, T rows (B·H·S), N parts a row, C latent width, V width of a value.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,19 +40,73 @@ def _join_kernel(
     tl.store(out_ptr + row * C + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
 
 
-def join(part_TNC: Tensor, log_TN: Tensor, sinks_H: Tensor | None, out: Tensor) -> None:
-    """Write out[t] = Σ_n w[n] · part[t, n] / Σ_n w[n], with w = 2^log[t] and a head's sink e^sink in the divisor.
+@triton.jit
+def _join_values_kernel(
+    part_ptr, log_ptr, sink_ptr, weight_ptr, out_ptr, weight_h, weight_v, H, S, N,
+    C: tl.constexpr, V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(0)
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    token = tl.program_id(2).to(tl.int64)
+    row = (token // S * H + h) * S + token % S
+    n = tl.arange(0, BLOCK_N)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    log = tl.load(log_ptr + row * N + n, mask=n < N, other=float("-inf"))
+    top = tl.max(log, 0)
+    if sink_ptr is not None:
+        sink = tl.load(sink_ptr + h).to(tl.float32) * LOG2_E
+        top = tl.maximum(top, sink)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    share = tl.exp2(log - base)
+    total = tl.sum(share, 0)
+    if sink_ptr is not None:
+        total += tl.exp2(sink - base)
+    share /= tl.where(total > 0, total, 1.0)
+    value = tl.zeros((BLOCK_V,), tl.float32)
+    for begin in tl.static_range(0, C, BLOCK_C):
+        c = begin + tl.arange(0, BLOCK_C)
+        part = tl.load(part_ptr + (row * N + n)[:, None] * C + c, mask=(n[:, None] < N) & (c < C), other=0.0)
+        at = h * weight_h + v[:, None] * weight_v + c
+        weight = tl.load(weight_ptr + at, mask=(v[:, None] < V) & (c < C), other=0.0).to(tl.float32)
+        value += tl.sum(weight * tl.sum(part * share[:, None], 0)[None, :], 1)
+    tl.store(out_ptr + (token * H + h) * V + v, value.to(out_ptr.dtype.element_ty), mask=v < V)
+
+
+def join(
+    part_TNC: Tensor, log_TN: Tensor, sinks_H: Tensor | None, value_HVC: Tensor | None, out_BHSC: Tensor
+) -> Tensor:
+    """out[t] = Σ_n w[n] · part[t, n] / Σ_n w[n], with w = 2^log[t] and a head's sink e^sink in the divisor.
 
     Args:
         part_TNC: fp32 averages, each over its part of the keys. log_TN: log₂ of each part's divisor.
-        out: (B, H, S, C), its rows those of `part`.
+        value_HVC: what each head makes of its row; contiguous in C.
+        out_BHSC: written, its rows those of `part`.
+    Returns:
+        out_BHSC, or with value_HVC its products (B, S, H, V). Up to four rows a head need no second launch for them.
     """
-    (T, N, C), (_, H, S, _) = part_TNC.shape, out.shape
+    (T, N, C), (B, H, S, _) = part_TNC.shape, out_BHSC.shape
+    device = out_BHSC.device
+    early = has_copy_engine(device) and device.type == "cuda"
+    options = {"launch_pdl": True} if early else {}
+    if value_HVC is not None and B * S <= 4:
+        V = value_HVC.shape[1]
+        out = out_BHSC.new_empty((B, S, H, V))
+        n, block_c, block_v = power_of_2(N), min(max(power_of_2(C), 16), 128), min(power_of_2(V), 32)
+        _join_values_kernel[(H, cdiv(V, block_v), B * S)](
+            part_TNC, log_TN, sinks_H, value_HVC, out, value_HVC.stride(0), value_HVC.stride(1), H, S, N,
+            C, V, block_c, n, block_v, early, num_warps=8, **options,
+        )  # fmt: skip
+        return out
     # 16 Ki numbers a program at most, and few enough that two programs find work on each multiprocessor.
     n, block = power_of_2(N), max(power_of_2(C), 32)
-    while block > 32 and (block * n > 16384 or T * cdiv(C, block) < 2 * processors(out.device)):
+    while block > 32 and (block * n > 16384 or T * cdiv(C, block) < 2 * processors(device)):
         block //= 2
-    early = has_copy_engine(out.device) and out.device.type == "cuda"
-    _join_kernel[(T, cdiv(C, block))](
-        part_TNC, log_TN, sinks_H, out, H, S, N, C, block, n, early, **({"launch_pdl": True} if early else {})
-    )
+    _join_kernel[(T, cdiv(C, block))](part_TNC, log_TN, sinks_H, out_BHSC, H, S, N, C, block, n, early, **options)
+    return out_BHSC if value_HVC is None else values(out_BHSC, value_HVC)
+
+
+def values(out_BHSC: Tensor, value_HVC: Tensor) -> Tensor:
+    """(B, S, H, V)."""
+    return torch.einsum("bhsc,hvc->bshv", out_BHSC, value_HVC)

@@ -156,7 +156,7 @@ def experts_lora(
 
 def latent_decode(
     q_latent, q_rot, latent, k_rot, *, scaling, attention_mask=None, is_causal=None, start_B=None, end_B=None,
-    window=None, softcap=None, sinks_H=None,
+    window=None, softcap=None, sinks_H=None, value_HVC=None,
 ) -> Tensor:  # fmt: skip
     """Keys and values are the cache itself; each group of heads has its own rotary key."""
     (B, H, S, P), L = q_rot.shape, latent.shape[2]
@@ -185,7 +185,8 @@ def latent_decode(
     score = score.masked_fill(~seen, -torch.inf)
     if sinks_H is not None:
         score = torch.cat((score, sinks_H.to(score.dtype).view(1, H, 1, 1).expand(*score.shape[:3], 1)), dim=-1)
-    return score.softmax(-1).nan_to_num()[..., :L] @ latent
+    out = score.softmax(-1).nan_to_num()[..., :L] @ latent
+    return out if value_HVC is None else torch.einsum("bhsc,hvc->bshv", out, value_HVC)
 
 
 def latent_decode_packed(
@@ -206,12 +207,12 @@ def latent_decode_packed(
         tokens = torch.cat((latent[slot_L], k_rot[slot_L]), -1)[None, None, :, : latent_width + rotary_width]
         latent, k_rot = tokens.split([latent_width, rotary_width], -1)
     bounds = [t.tolist() for t in (query_start, key_start)]
-    out = q_rot.new_zeros((*q_rot.shape[:3], latent.shape[-1]))
+    outs = []
     for q0, q1, k0, k1 in zip(bounds[0], bounds[0][1:], bounds[1], bounds[1][1:], strict=False):
         query = None if q_latent is None else q_latent[:, :, q0:q1]
         keys = latent[:, :, k0:k1], k_rot[:, :, k0:k1]
-        out[:, :, q0:q1] = latent_decode(query, q_rot[:, :, q0:q1], *keys, **options)
-    return out
+        outs.append(latent_decode(query, q_rot[:, :, q0:q1], *keys, **options))
+    return torch.cat(outs, dim=2 if options.get("value_HVC") is None else 1)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

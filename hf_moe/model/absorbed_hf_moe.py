@@ -168,6 +168,5 @@ def _through_kernel(
     q_nope, q_rot = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
     # A broadcast product would copy the weight for each sequence.
     q_latent = torch.einsum("bhsn,hnc->bhsc", q_nope, w_uk_HNC) if module.qk_nope_head_dim else None
-    options = options | module.score_options()
-    out, _ = kernel(module, q_rot, k_rot, latent, attention_mask, module.scaling, q_latent=q_latent, **options)
-    return torch.einsum("bhsc,hvc->bshv", out, w_uv_HVC)
+    options = options | module.score_options() | {"q_latent": q_latent, "w_uv": w_uv_HVC}
+    return kernel(module, q_rot, k_rot, latent, attention_mask, module.scaling, **options)[0]

@@ -13,11 +13,11 @@ class LatentReference:
         self.calls = self.in_pages = 0
 
     def __call__(
-        self, module, query, key, value, attention_mask, scaling, *, q_latent, softcap=None, s_aux=None, is_causal=None,
-        end=None, window=None, pages=None,
+        self, module, query, key, value, attention_mask, scaling, *, q_latent, w_uv, softcap=None, s_aux=None,
+        is_causal=None, end=None, window=None, pages=None,
     ):  # fmt: skip
         self.calls += 1
-        options = {"scaling": scaling, "softcap": softcap, "sinks_H": s_aux, "window": window}
+        options = {"scaling": scaling, "softcap": softcap, "sinks_H": s_aux, "window": window, "value_HVC": w_uv}
         if pages is not None:
             self.in_pages += "slot_L" in pages
             pages = {name: given for name, given in pages.items() if not name.startswith("longest")}

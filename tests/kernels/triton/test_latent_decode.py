@@ -28,7 +28,8 @@ def inputs(shape, dtype=torch.float32, nope=True, seed=0):
 def check(tensors, function=latent_decode, lengths=None, **options):
     out = function(*tensors, scaling=0.2, **options, **(lengths or {}))
     exact = [t if t is None else t.double() for t in tensors]
-    truth = getattr(reference, function.__name__)(*exact, scaling=0.2, **options)
+    wide = {name: given.double() if name == "value_HVC" else given for name, given in options.items()}
+    truth = getattr(reference, function.__name__)(*exact, scaling=0.2, **wide)
     plain = getattr(reference, function.__name__)(*tensors, scaling=0.2, **options)
     assert out.isfinite().all()
     floor = 4 * torch.finfo(out.dtype).eps * truth.abs().max()
@@ -143,3 +144,19 @@ def test_what_cannot_be_is_refused():
         latent_decode(*tensors, scaling=0.2, attention_mask=mask)
     with pytest.raises(ValueError, match="window=3"):
         latent_decode(*tensors, scaling=0.2, window=3, is_causal=False)
+
+
+@pytest.mark.parametrize("name", ["one query", "groups", "several queries", "long", "one token"])
+def test_values(name):
+    """Few rows through one kernel, several through two; head weights in the middle of larger ones, as W_uv is."""
+    tensors = inputs(SHAPES[name])
+    H, C = tensors[0].shape[1], tensors[0].shape[3]
+    weight = torch.randn(H, 12 + 20, C, generator=torch.Generator().manual_seed(4)).to(DEVICE)[:, 12:]
+    check(tensors, value_HVC=weight, sinks_H=torch.linspace(-1, 3, H, device=DEVICE))
+    if name == "one query":
+        start = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+        packed = [x[:1] if x.shape[2] == 1 else x[:, 0].reshape(1, 1, -1, x.shape[-1]) for x in tensors]
+        packed[:2] = [x.transpose(0, 2).reshape(1, H, 2, -1) for x in tensors[:2]]
+        lengths = {"longest_query": 1, "longest_key": 70}
+        options = {"query_start": start, "key_start": 70 * start, "value_HVC": weight}
+        check(packed, latent_decode_packed, lengths, **options)
