@@ -75,6 +75,8 @@ def _show(summary: dict[str, Any]) -> None:
     for layer in summary["layers"]:
         rows.add_row(*(f"{layer[name]:,}" if isinstance(layer[name], int) else layer[name] for name in names))
     console.print(rows)
+    if source["left_out"]:
+        console.print(f"Only the language model is converted: left out are {', '.join(source['left_out'])}.")
     console.print(
         f"The conversion writes {run['disk_bytes']:,} bytes in {target['files']} files, holds at most "
         f"{run['memory_peak_bytes']:,} bytes in memory, and takes about {run['seconds']} s at "

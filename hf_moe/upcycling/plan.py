@@ -14,6 +14,8 @@ from .families import Part
 from .headers import ITEM_SIZE
 from .options import Options
 
+# Tensors that are computed before they are written: enough to keep all who hash them busy.
+TENSORS_AHEAD = 4
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 

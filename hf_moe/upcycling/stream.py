@@ -19,15 +19,13 @@ import torch
 from . import deepseek, experts, latent, router
 from .families import Part
 from .journal import Journal
-from .plan import Plan, Shard, TargetTensor
+from .plan import TENSORS_AHEAD, Plan, Shard, TargetTensor
 from .progress import Advance
 from .sources import Source, torch_dtype
 
 RULES: dict[str, Callable[..., torch.Tensor]] = {**experts.RULES, **latent.RULES, **router.RULES, **deepseek.RULES}
 _BLOCK = 16 * 1024 * 1024
 _HASHERS = min(4, os.cpu_count() or 1)
-# Tensors that are computed before they are written: enough for all hashers.
-_AHEAD = 4
 
 Held = dict[Part, tuple[torch.Tensor, "Future[str]"]]
 
@@ -55,7 +53,8 @@ def produce(source: Source, tensors: Iterator[TargetTensor]) -> Iterator[Produce
 
     Raises:
         ValueError: a number too large for the target's type.
-    Cost: memory of one layer of the source and two tensors of the target; every source tensor is read once a layer.
+    Cost: memory of one layer of the source and of each tensor until it is let go; every source tensor is read once a
+        layer.
     """
     layer: int | None = None
     held: Held = {}
@@ -101,7 +100,7 @@ def _digest(box: list[memoryview]) -> str:
 def ahead(stream: Iterator[Produced]) -> Iterator[Produced]:
     """Compute the next tensors in a thread while the present one is written."""
     with ThreadPoolExecutor(1) as pool:
-        coming = deque(pool.submit(next, stream, None) for _ in range(_AHEAD))
+        coming = deque(pool.submit(next, stream, None) for _ in range(TENSORS_AHEAD))
         while (produced := coming.popleft().result()) is not None:
             coming.append(pool.submit(next, stream, None))
             yield produced

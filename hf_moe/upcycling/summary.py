@@ -6,7 +6,7 @@ from typing import Any
 from .. import cost
 from .families import CALIBRATION
 from .headers import FLOAT_TYPES, ITEM_SIZE
-from .plan import DTYPE_NAMES, Plan
+from .plan import DTYPE_NAMES, TENSORS_AHEAD, Plan
 from .sources import Source
 
 # Interpreter, torch and buffers, before the first weight.
@@ -20,14 +20,14 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
 
     Returns:
         A dictionary of plain numbers. `layers` has for each layer its parameters, active ones, bytes, bytes read and
-        the cache bytes a token. `memory_peak_bytes` is one layer of the source and the largest tensor of the target.
+        the cache bytes a token. `memory_peak_bytes` is one layer of the source and the tensors that wait to be written.
     """
     item = ITEM_SIZE[next(key for key, name in DTYPE_NAMES.items() if name == plan.config["dtype"])]
     count = cost.parameters(plan.config)
     layers = [_layer(plan, source, layer, item) for layer in range(plan.config["num_hidden_layers"])]
     outside = [t.nbytes + _read_bytes([t], source) for t in plan.tensors() if t.layer is None]
-    largest = max(tensor.nbytes for tensor in plan.tensors())
-    peak = max([row["read_bytes"] + largest for row in layers] + outside) + BASE_MEMORY
+    largest = max(tensor.nbytes for tensor in plan.tensors() if tensor.layer is not None)
+    peak = max([row["read_bytes"] + (1 + TENSORS_AHEAD) * largest for row in layers] + outside) + BASE_MEMORY
     heads = source.config["num_key_value_heads"] * 2 * plan.config["v_head_dim"]
     floats = [header for header in source.headers.values() if header.dtype in FLOAT_TYPES]
     source_item = max(ITEM_SIZE[header.dtype] for header in floats)
