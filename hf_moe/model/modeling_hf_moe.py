@@ -353,11 +353,12 @@ class HfMoeModel(HfMoePreTrainedModel):
         """
         wants_logits = self.training and kwargs.get("output_router_logits") and self.config.router_aux_loss_coef
         if not kwargs.pop("from_own_head", False) and wants_logits:
-            router = self.config.scoring_func, self.config.topk_method
-            if router != ("softmax", "greedy") or self.config.topk_each_group:
+            router = [self.config.scoring_func, self.config.topk_method]
+            router += ["topk_each_group"] if self.config.topk_each_group else []
+            if router != ["softmax", "greedy"]:
                 raise ValueError(
                     f"router_aux_loss_coef={self.config.router_aux_loss_coef} outside of {type(self).__name__}'s own "
-                    f"head would be that of a greedy softmax router, and this one is {router}: set it to 0"
+                    f"head would be that of a greedy softmax router, and this one is {' '.join(router)}: set it to 0"
                 )
             for name in ("router_seq_aux_loss_coef", "router_z_loss_coef"):
                 if value := getattr(self.config, name):

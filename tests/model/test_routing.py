@@ -193,6 +193,7 @@ def test_generate_with_router_logits_and_a_static_cache():
         ("gqa", {"router_aux_loss_coef": 0.1}, None),
         ("gqa", {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}, None),
         ("deepseek_v3", {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1 .* greedy softmax router"),
+        ("gqa", {"router_aux_loss_coef": 0.1, **EACH_GROUP}, "this one is softmax greedy topk_each_group"),
         ("gqa", {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.2}, "router_z_loss_coef=0.2 would be left out"),
         ("gqa", {"router_aux_loss_coef": 0.1, "router_seq_aux_loss_coef": 0.2}, "router_seq_aux_loss_coef=0.2 would"),
     ],

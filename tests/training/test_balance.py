@@ -51,8 +51,12 @@ def test_the_rule_moves_each_expert_by_the_rate_towards_the_mean():
     assert bias.tolist() == [-0.5, 0.5, 0.0, 0.0]
 
 
-def test_a_greedy_router_chooses_the_same_with_a_bias_of_zero_and_saves_it(tmp_path):
-    model, ids = tiny_model("gqa"), random_ids(2, 9)
+EACH_GROUP = {"n_routed_experts": 12, "num_experts_per_tok": 6, "n_group": 3, "topk_each_group": True}
+
+
+@pytest.mark.parametrize("groups", [{}, EACH_GROUP])
+def test_a_greedy_router_chooses_the_same_with_a_bias_of_zero_and_saves_it(tmp_path, groups):
+    model, ids = tiny_model("gqa", **groups), random_ids(2, 9)
     expected = model(ids).logits
     use_selection_bias(model)
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
@@ -61,6 +65,7 @@ def test_a_greedy_router_chooses_the_same_with_a_bias_of_zero_and_saves_it(tmp_p
     model.save_pretrained(tmp_path)
     loaded = HfMoeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(biases(loaded), biases(model))
+    assert loaded.config.n_group == model.config.n_group == (3 if groups else 1)
     assert (loaded.config.topk_method, selection_biases(loaded)[0].dtype) == ("noaux_tc", torch.float32)
 
 
