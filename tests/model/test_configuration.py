@@ -54,6 +54,8 @@ def test_rope_tables_are_llamas(rope_type):
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads=6 .* num_key_value_heads=4"),
         ({"n_routed_experts": 60, "n_group": 8}, "n_routed_experts=60 is not divisible by n_group=8"),
         ({"topk_group": 5}, "topk_group=5 is above n_group=4"),
+        ({"topk_each_group": True, "num_experts_per_tok": 6}, "num_experts_per_tok=6 is not divisible by n_group=4"),
+        ({"topk_each_group": True, "topk_method": "group_limited_greedy"}, "takes every group, .* only some"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 is above the 4 experts .*n_routed_experts=8"),
         ({"n_routed_experts": 4}, "n_routed_experts=4 in n_group=4 leaves one"),
         ({"kv_lora_rank": -1}, "kv_lora_rank=-1 must be at least 1"),
