@@ -12,7 +12,7 @@ import triton.language as tl
 from .tuning import cdiv, power_of_2
 
 # Up to here one launch sorts; beyond, counting every route in every program costs more than launches do.
-ONE_LAUNCH = 8192
+ONE_LAUNCH = 4096
 
 
 class Routing(NamedTuple):

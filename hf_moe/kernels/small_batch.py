@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .descriptors import dense_rows, dense_side, dot_precision
+from .descriptors import dense_rows, dot_precision
 from .gating import Gating
 from .single_rows import chains, gate_arguments, gated, single_rows, weight_rows
 from .tuning import Tile, cdiv, power_of_2
@@ -24,7 +24,7 @@ def _expert_rows_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, index_ptr,
     T, K, E, I, O, gap, x_stride, w_stride_e, w_stride_o, w_stride_i, alpha, limit, up_offset,
     ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, PER_TOKEN: tl.constexpr, BY_EXPERT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PER_TOKEN: tl.constexpr, BY_EXPERT: tl.constexpr,
     STARTS_NEXT: tl.constexpr, WAITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -36,32 +36,27 @@ def _expert_rows_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     t = tl.arange(0, BLOCK_T)
     expert = slot
-    if HAS_INDEX:
-        n = t[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
-        known = (t[:, None] < T) & (tl.arange(0, BLOCK_K)[None, :] < K)
-        owner = tl.load(index_ptr + n, mask=known, other=-1).to(tl.int32)
-        if not BY_EXPERT:
-            # A program for each route: the first one of an expert does its work.
-            expert = tl.load(index_ptr + slot).to(tl.int32)
-        route = tl.min(tl.where(owner == expert, n, T * K), 1)
-        mine = route < T * K
-        count = tl.sum(mine.to(tl.int32), 0)
-        if not BY_EXPERT:
-            count = tl.where((expert < 0) | (expert >= E) | (tl.min(route, 0) < slot), 0, count)
-        if count == 0:
-            return
-        rank = tl.where(mine, tl.cumsum(mine.to(tl.int32), 0) - 1, -1)
-    else:
-        count = T
+    n = t[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    known = (t[:, None] < T) & (tl.arange(0, BLOCK_K)[None, :] < K)
+    owner = tl.load(index_ptr + n, mask=known, other=-1).to(tl.int32)
+    if not BY_EXPERT:
+        # A program for each route: the first one of an expert does its work.
+        expert = tl.load(index_ptr + slot).to(tl.int32)
+    route = tl.min(tl.where(owner == expert, n, T * K), 1)
+    mine = route < T * K
+    count = tl.sum(mine.to(tl.int32), 0)
+    if not BY_EXPERT:
+        count = tl.where((expert < 0) | (expert >= E) | (tl.min(route, 0) < slot), 0, count)
+    if count == 0:
+        return
+    rank = tl.where(mine, tl.cumsum(mine.to(tl.int32), 0) - 1, -1)
     offset, number, exists = weight_rows(tl.arange(0, BN), block, O, gap, w_stride_o, GATED, INTERLEAVED, BLOCK)
     w_rows = w_ptr + expert.to(tl.int64) * w_stride_e + offset
     if WAITS:
         tl.extra.cuda.gdc_wait()
     for first in range(0, count, BM):
         r = first + tl.arange(0, BM)
-        row = tl.minimum(r, T - 1)
-        if HAS_INDEX:
-            row = tl.sum(tl.where(rank[None, :] == r[:, None], route[None, :], 0), 1)
+        row = tl.sum(tl.where(rank[None, :] == r[:, None], route[None, :], 0), 1)
         token = row // K
         x_rows = x_ptr + (token if PER_TOKEN else row).to(tl.int64) * x_stride
         # The weights are the tall operand: their rows fill a tensor core's tile, few tokens do not.
@@ -82,20 +77,17 @@ def _expert_rows_kernel(
         y = gated(h.T, alpha, limit, up_offset, ACT, CLIP, GATED, INTERLEAVED, BM, BLOCK).to(y_ptr.dtype.element_ty)
         out = block * BLOCK + tl.arange(0, BLOCK)
         mask = (r[:, None] < count) & (out[None, :] < O)
-        if HAS_INDEX:
-            # A token may name its expert twice.
-            for choice in range(K):
-                to = token * K + choice
-                chosen = tl.load(index_ptr + to, mask=r < count, other=-1).to(tl.int32) == expert
-                tl.store(y_ptr + to.to(tl.int64)[:, None] * O + out[None, :], y, mask=chosen[:, None] & mask)
-        else:
-            tl.store(y_ptr + row.to(tl.int64)[:, None] * O + out[None, :], y, mask=mask)
+        # A token may name its expert twice.
+        for choice in range(K):
+            to = token * K + choice
+            chosen = tl.load(index_ptr + to, mask=r < count, other=-1).to(tl.int32) == expert
+            tl.store(y_ptr + to.to(tl.int64)[:, None] * O + out[None, :], y, mask=chosen[:, None] & mask)
 
 
 def expert_rows(
     x: torch.Tensor,
     weight_EHI: torch.Tensor,
-    index_TK: torch.Tensor | None,
+    index_TK: torch.Tensor,
     tile: Tile,
     *,
     columns: int,
@@ -113,8 +105,7 @@ def expert_rows(
     Args:
         x: (N, I), or (T, I) tokens with per_token; fp32, bf16 or fp16, contiguous in I.
         weight_EHI: x's dtype, one side of each matrix contiguous.
-        index_TK: contiguous int32 or int64. Routes with an id outside 0 .. E-1 stay unwritten. None: every row of x is
-            the only expert's.
+        index_TK: contiguous int32 or int64. Routes with an id outside 0 .. E-1 stay unwritten.
         tile: m rows at a time, n rows of the weights a program, k of I at a time.
         columns, gap, gating, after_product, before_product: as for `single_rows`.
         bias_EH: contiguous.
@@ -124,17 +115,17 @@ def expert_rows(
         index, so it is meant for some hundred tokens at most.
     """
     E, _, n_in = weight_EHI.shape
-    T, K = (x.shape[0], 1) if index_TK is None else index_TK.shape
+    T, K = index_TK.shape
     N = T * K
     y_NO = x.new_empty((N, columns))
-    by_expert = index_TK is None or N >= E
+    by_expert = N >= E
     waits = after_product and chains(x.device)
     block = tile.n // (1 if gating is None else gating.fan)
     _expert_rows_kernel[(cdiv(columns, block), E if by_expert else N)](
         x, weight_EHI, bias_EH, y_NO, index_TK,
         T, K, E, n_in, columns, gap, x.stride(0), *weight_EHI.stride(),
         *gate_arguments(gating),
-        index_TK is not None, bias_EH is not None, per_token, by_expert, before_product and chains(x.device), waits,
+        bias_EH is not None, per_token, by_expert, before_product and chains(x.device), waits,
         max(power_of_2(T), 16), power_of_2(K), tile.m, block, tile.k,
         n_in % tile.k == 0 and columns % block == 0, dot_precision(x.dtype),
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=waits,
@@ -210,20 +201,14 @@ def experts(
     return weigh(y, weight_TK, index_TK, E)
 
 
-def _product(x_TI: torch.Tensor, weight_1OI: torch.Tensor, **options) -> torch.Tensor:
-    """Rows of x with one matrix."""
-    if x_TI.shape[0] <= tuning.SINGLE_ROWS and weight_1OI.stride(2) == 1:
-        tile = tuning.single_rows_tile(x_TI.device, x_TI.dtype, 1)
-        return single_rows(x_TI, weight_1OI, None, tile, **options)
-    tile = tuning.small_batch_tile(x_TI.device, x_TI.dtype)
-    # There is one expert: a tile as high as the batch reads its weights once.
-    tile = tile._replace(m=min(max(power_of_2(x_TI.shape[0]), tile.m), 64))
-    return expert_rows(x_TI, weight_1OI, None, tile, **options)
+def _product(x_TI: torch.Tensor, weight_OI: torch.Tensor, **options) -> torch.Tensor:
+    tile = tuning.single_rows_tile(x_TI.device, x_TI.dtype, 1)
+    return single_rows(dense_rows(x_TI), weight_OI[None], None, tile, columns=weight_OI.shape[0], **options)
 
 
 @torch.library.custom_op("hf_moe::few_rows_linear", mutates_args=())
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return _product(dense_rows(x), dense_side(weight[None]), columns=weight.shape[0])
+    return _product(x, dense_rows(weight))
 
 
 @_linear.register_fake
@@ -232,7 +217,7 @@ def _linear_fake(x, weight):
 
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T for a few rows of x, no gradients. Bound by the bytes of the weight; one launch.
+    """x @ weight.T for a row or two of x, no gradients. Each row reads the weight, the second one from L2; one launch.
 
     Args:
         x_TI, weight_OI: fp32, bf16 or fp16, the same for both.
@@ -247,10 +232,8 @@ def _gated_mlp(
     gate, up = gate.contiguous(), up.contiguous()
     # One kernel reads both: up's rows lie this many elements after gate's, wherever the two were allocated.
     gap = (up.data_ptr() - gate.data_ptr()) // gate.element_size()
-    a = _product(
-        dense_rows(x), gate[None], columns=gate.shape[0], gap=gap, gating=Gating(act), before_product=True
-    )  # fmt: skip
-    return _product(a, dense_side(down[None]), columns=down.shape[0], after_product=True)
+    a = _product(x, gate, gap=gap, gating=Gating(act), before_product=True)
+    return _product(a, dense_rows(down), after_product=True)
 
 
 @_gated_mlp.register_fake
@@ -261,10 +244,10 @@ def _gated_mlp_fake(x, gate, up, down, act):
 def gated_mlp(
     x_TD: torch.Tensor, gate_FD: torch.Tensor, up_FD: torch.Tensor, down_DF: torch.Tensor, act: str = "swish"
 ) -> torch.Tensor:
-    """down @ (act(gate @ x) · (up @ x)) for a few tokens, no gradients: a shared expert or a dense layer.
+    """down @ (act(gate @ x) · (up @ x)) for a token or two, no gradients: a shared expert or a dense layer.
 
     Args:
-        x_TD: a few tokens; a few hundred work, but cuBLAS is made for them.
+        x_TD: any number of tokens, but each reads the weights: from three on cuBLAS does better.
         gate_FD, up_FD, down_DF: x's dtype: fp32, bf16 or fp16.
         act: a name that `Gating` knows; "swish" is SiLU.
     Returns:

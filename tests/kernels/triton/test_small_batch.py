@@ -137,7 +137,7 @@ def test_products_against_their_twins(stages):
     )
 
 
-@pytest.mark.parametrize("T", [1, 3, 70])
+@pytest.mark.parametrize("T", [1, 3])
 def test_dense_products(T):
     x, gate, up, down = normal(T, 40), normal(24, 40, seed=1), normal(24, 40, seed=2), normal(40, 24)
     for found, twin, args in (
