@@ -4,8 +4,8 @@
     python examples/continued/prepare_text.py .data        # once: real text, from Debian's manuals
     python examples/latent/heal.py --text .data            # cache ratios 0.5 and 0.25, one GPU, 3 minutes each
 
-Each ratio is compressed with `upcycle`'s own calibration text, trained towards the source's distribution on manuals
-and measured on others. Rows go into results.json, curves and settings into healed.json; those of other ratios stay.
+Compression learns from the end of the training text and healing from all of it; both are measured on other manuals, as
+by compare.py. Rows go into results.json, curves and settings into healed.json; those of other ratios stay.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_moe.demo.run import packaged_checkpoint
-from hf_moe.upcycling import heal, upcycle
+from hf_moe.upcycling import heal, open_source, upcycle
 
 HERE = Path(__file__).parent
 
@@ -67,8 +67,8 @@ def main() -> None:
     add("--source", type=Path, help="dense model; the packaged SmolLM2-135M-Instruct by default")
     add("--ratios", type=float, nargs="+", default=[0.5, 0.25], help="of the cache")
     add("--tokens", type=int, nargs="+", default=[10_000_000, 29_900_000], help="to read at each ratio")
-    add("--learning-rate", type=float, nargs="+", default=[1e-3, 1e-3], help="at each ratio")
-    add("--calibration-tokens", type=int, default=16384)
+    add("--learning-rate", type=float, nargs="+", default=[2e-4, 3e-4], help="at each ratio")
+    add("--calibration-tokens", type=int, default=65536)
     add("--models", type=Path, help="where compressed and healed folders are kept; a temporary folder by default")
     add("--output", type=Path, default=HERE, help="folder of results.json and healed.json")
     add("--train", default="all", choices=("attention", "all"))
@@ -87,17 +87,30 @@ def main() -> None:
             run(ratio, tokens, rate, source, folder, options)
 
 
+def calibration_text(source: Path, options: argparse.Namespace, path: Path) -> str:
+    """A file with the end of the training text, somewhat longer than what is read of it."""
+    if not path.exists():
+        with lzma.open(options.text / "train.npy.xz") as file:
+            ids = np.load(file)[-options.calibration_tokens * 5 // 4 :]
+        tokenizer = AutoTokenizer.from_pretrained(**open_source(source).load_arguments())
+        path.write_text(tokenizer.decode(ids.tolist()), encoding="utf-8")
+    return str(path)
+
+
 def run(ratio: float, tokens: int, rate: float, source: Path, folder: Path, options: argparse.Namespace) -> None:
     """Compress, heal and enter one ratio."""
     compressed, start = folder / f"compressed-{ratio}", time.monotonic()
     if not compressed.exists():
-        calibration = {"cache_ratio": ratio, "calibration_tokens": options.calibration_tokens}
-        upcycle(source, compressed, experts=1, attention="compress", **calibration)
+        calibration = {"calibration_tokens": options.calibration_tokens}
+        if not options.tiny:
+            calibration["calibration"] = (calibration_text(source, options, folder / "calibration.txt"),)
+        upcycle(source, compressed, experts=1, attention="compress", cache_ratio=ratio, **calibration)
     choices = {name: getattr(options, name) for name in ("train", "length", "batch", "seed")}
     choices |= {"tokens": tokens, "learning_rate": rate}
     text, heldout = options.text / "train.npy.xz", options.text / "heldout.npy.xz"
+    measured = {"heldout": heldout, "heldout_rows": 100, "heldout_length": options.length if options.tiny else 1024}
     # Few minutes: no checkpoint.
-    record = heal(source, compressed, folder / f"healed-{ratio}", [text], heldout=heldout, save_steps=10**6, **choices)
+    record = heal(source, compressed, folder / f"healed-{ratio}", [text], save_steps=10**6, **measured, **choices)
     seconds = round(time.monotonic() - start, 1)
     row = enter(options.output / "results.json", ratio, record)
     print(f"{ratio}: {seconds} s, {record['before']} -> {record['after']}; {row}", flush=True)

@@ -33,8 +33,8 @@ def heal(
     length: Annotated[int, typer.Option(min=2, help="Tokens in a row.", rich_help_panel=TRAINING)] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Rows a step.", rich_help_panel=TRAINING)] = 32,
     learning_rate: Annotated[
-        float | None, typer.Option(help="The highest of a cosine.", rich_help_panel=TRAINING)
-    ] = None,
+        float, typer.Option(min=0, help="The highest of a cosine.", rich_help_panel=TRAINING)
+    ] = 3e-4,
     layer_weight: Annotated[
         float, typer.Option(min=0, help="Weight of the layers' outputs beside the logits.", rich_help_panel=TRAINING)
     ] = 0.0,

@@ -1,16 +1,18 @@
-"""Layers of one shape: latents and rotary pairs padded with zeros, so that one compiled graph serves all layers.
+"""Layers of one shape: latents, rotary pairs and values padded with zeros, so that one compiled graph serves all layers
+and queries, keys and values are of one width, which the fastest attention wants.
 
 A column of the expansion that is zero gives the latent's row no gradient, and the row, being zero, gives none to the
-column; so it is with a pair of query and key. Padding therefore stays zero in a training without weight decay, and the
-padded model computes what the narrow one does.
+column; so it is with a pair of query and key, and with a value and its column of the output. Padding therefore stays
+zero in a training without weight decay, and the padded model computes what the narrow one does.
 
-Letters: H heads, G key groups, C latent width, P rotary width, N position-free width of a key head.
+Letters: H heads, G key groups, C latent width, P rotary width, N position-free width of a key head, V value width.
 """
 
 from typing import Any
 
 import torch
 
+from ..model.attention_hf_moe import softmax_scale
 from ..model.configuration_hf_moe import HfMoeConfig
 
 
@@ -21,11 +23,23 @@ def can_be_padded(config: Any) -> bool:
     return len(set(config.latent_widths)) > 1 or len(set(config.rotary_widths)) > 1
 
 
+def _sizes(config: HfMoeConfig) -> tuple[int, int, int]:
+    """C, P and V of the padded layers; N + P is a multiple of 8 where frequencies are listed, and V is not below it."""
+    rotary, free = max(config.rotary_widths), config.qk_nope_head_dim
+    if config.rope_frequencies is not None and free % 2 == 0:
+        rotary += -(free + rotary) % 8
+    return max(config.latent_widths), rotary, max(config.v_head_dim, free + rotary)
+
+
 def uniform_config(config: HfMoeConfig) -> HfMoeConfig:
     """The configuration with every layer as wide as the widest; added pairs rotate at the table's first frequency."""
-    latent, rotary = max(config.latent_widths), max(config.rotary_widths)
-    fields = config.to_dict() | {"kv_lora_rank": latent, "kv_lora_ranks": None, "qk_rope_head_dim": rotary}
+    latent, rotary, value = _sizes(config)
+    layer_types: Any = config.layer_types
+    fields = config.to_dict() | {"kv_lora_rank": latent, "kv_lora_ranks": None, "v_head_dim": value}
+    fields |= {"qk_rope_head_dim": rotary, "softmax_scale": softmax_scale(config, layer_types[0])}
     if config.rope_frequencies is not None:
+        # A table that was as wide as its pairs had no need to say so.
+        fields["rope_table_dim"] = config.head_dim
         fields["rope_frequencies"] = [[*each, *[0] * (rotary // 2 - len(each))] for each in config.rope_frequencies]
     return HfMoeConfig(**fields)
 
@@ -36,20 +50,24 @@ def places(config: HfMoeConfig, layer: int, projection: str) -> tuple[list[int] 
     Args:
         projection: its name in the attention, such as "q_proj".
     """
-    latent, rotary = max(config.latent_widths), max(config.rotary_widths)
+    latent, rotary, value = _sizes(config)
     width, pairs = config.latent_widths[layer], config.rotary_widths[layer]
+    heads, free = range(config.num_attention_heads), config.qk_nope_head_dim
     if config.rope_interleave:
-        head = list(range(pairs))
+        key = list(range(pairs))
     else:
-        head = [half * rotary // 2 + i for half in range(2) for i in range(pairs // 2)]
-    free = config.qk_nope_head_dim
+        key = [half * rotary // 2 + i for half in range(2) for i in range(pairs // 2)]
     if projection in ("q_proj", "q_b_proj"):
-        one = [*range(free), *(free + i for i in head)]
-        return [h * (free + rotary) + i for h in range(config.num_attention_heads) for i in one], None
+        one = [*range(free), *(free + i for i in key)]
+        return [h * (free + rotary) + i for h in heads for i in one], None
     if projection == "kv_a_proj_with_mqa":
-        keys = [latent + group * rotary + i for group in range(config.num_key_value_heads) for i in head]
+        keys = [latent + group * rotary + i for group in range(config.num_key_value_heads) for i in key]
         return [*range(width), *keys], None
-    return None, list(range(width)) if projection == "kv_b_proj" else None
+    if projection == "kv_b_proj":
+        return [h * (free + value) + i for h in heads for i in range(free + config.v_head_dim)], list(range(width))
+    if projection == "o_proj":
+        return None, [h * value + i for h in heads for i in range(config.v_head_dim)]
+    return None, None
 
 
 def _split(name: str) -> tuple[int, str] | None:
@@ -86,7 +104,9 @@ def _transfer(source: Any, target: Any, config: HfMoeConfig, widen: bool) -> Non
             continue
         rows, columns = places(config, *part)
         wide = tensor if widen else found[name]
-        index: Any = (slice(None) if rows is None else rows, *(() if columns is None else (columns,)))
+        index: Any = ... if rows is None else (rows,)
+        if columns is not None and wide.dim() > 1:
+            index = (torch.tensor(rows).unsqueeze(1) if rows else slice(None), columns)
         if widen:
             wide.zero_()
             wide[index] = found[name]

@@ -15,8 +15,6 @@ from .sources import open_source, read_config
 
 HEALING_NAME = "healing.json"
 _SETTINGS = "settings.json"
-# What is compared before and after, in rows.
-_HELD_OUT = 128
 
 
 def heal(
@@ -26,6 +24,8 @@ def heal(
     text: list[str | Path],
     *,
     heldout: str | Path | None = None,
+    heldout_rows: int = 128,
+    heldout_length: int | None = None,
     resume: bool = False,
     progress: bool = True,
     **choices: Any,
@@ -38,6 +38,8 @@ def heal(
         source: the dense model, as for `upcycle`. folder: the model to heal. out: folder to make.
         text: files of plain text, or of token ids (.npy, .npy.xz); read one after the other.
         heldout: such a file for the measurement; by default the text's last fiftieth, which is then not trained on.
+        heldout_rows, heldout_length: how much of its beginning, in rows of how many tokens; by default the length of
+            those to train on.
         resume: go on from an interrupted run's last checkpoint.
         choices: fields of `hf_moe.training.healing.Healing`.
     Returns:
@@ -59,7 +61,7 @@ def heal(
     kind = read_config(folder)
     if kind.get("model_type") != "hf_moe":
         raise ValueError(f"{folder} holds a {kind.get('model_type')!r} model; only hf_moe models are healed")
-    rows, heldout_rows = _rows(text, heldout, folder, options.length)
+    rows, measured = _rows(text, heldout, folder, options.length, heldout_length or options.length, heldout_rows)
     partial = partial_folder(target)
     settings: dict[str, Any] = {"source": opened.title, "model": str(folder.absolute()), "text": [str(t) for t in text]}
     settings |= {"heldout": str(heldout) if heldout else None, **options.to_dict()}
@@ -69,7 +71,7 @@ def heal(
         model, teacher = load_target(folder), load_source(opened)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, teacher = model.to(device), teacher.to(device)
-    before = measure_agreement(model, teacher, heldout_rows).to_dict()
+    before = measure_agreement(model, teacher, measured).to_dict()
     with step_bar("healing", options.steps, progress) as advance:
         done = 0
 
@@ -82,7 +84,7 @@ def heal(
     dtype = getattr(torch, str(kind.get("dtype") or "float32").removeprefix("torch."))
     # What is measured is what is written.
     model.to(dtype).float()
-    after = measure_agreement(model.eval(), teacher, heldout_rows).to_dict()
+    after = measure_agreement(model.eval(), teacher, measured).to_dict()
     settings["tokens"] = options.steps * options.batch * options.length
     record = {"settings": settings, "before": before, "after": after, "curve": curve}
     _write(model.to(dtype), folder, partial / "model", record)
@@ -106,21 +108,24 @@ def _begin(partial: Path, settings: dict[str, Any], resume: bool) -> None:
     path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def _rows(text: list[Any], heldout: Any, folder: Path, length: int) -> tuple[Any, Any]:
+def _rows(
+    text: list[Any], heldout: Any, folder: Path, length: int, heldout_length: int, heldout_rows: int
+) -> tuple[Any, Any]:
     """Rows of ids to train on and to measure with."""
     import torch
 
     ids = torch.cat([token_ids(path, folder) for path in text])
-    rows = ids[: len(ids) // length * length].view(-1, length)
     if heldout is None:
-        count = min(_HELD_OUT, len(rows) // 50 + 1)
-        rows, measured = rows[:-count], rows[-count:]
+        count = max(heldout_length, min(heldout_rows * heldout_length, len(ids) // 50))
+        ids, held = ids[:-count], ids[-count:]
     else:
-        ids = token_ids(heldout, folder)
-        measured = ids[: len(ids) // length * length].view(-1, length)[:_HELD_OUT]
+        held = token_ids(heldout, folder)
+    rows, measured = (
+        each[: len(each) // size * size].view(-1, size) for each, size in ((ids, length), (held, heldout_length))
+    )
     if not len(rows) or not len(measured):
         raise ValueError(f"the text has {len(rows)} rows of {length} tokens to train on and {len(measured)} held out")
-    return rows, measured
+    return rows, measured[:heldout_rows]
 
 
 def token_ids(path: str | Path, folder: Path) -> Any:

@@ -62,6 +62,7 @@ class DenseLayers:
         from accelerate import init_empty_weights
 
         self.source, self.device = source, device or torch.device("cpu")
+        self._head: torch.Tensor | None = None
         plain = {key: value for key, value in source.config.items() if key not in ("quantization_config", "dtype")}
         config = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
         with init_empty_weights(include_buffers=False):
@@ -140,5 +141,3 @@ class DenseLayers:
         if cap := config.get("final_logit_softcapping"):
             logits = torch.tanh(logits / cap) * cap
         return logits.log_softmax(-1)
-
-    _head: torch.Tensor | None = None

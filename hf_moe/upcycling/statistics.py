@@ -76,7 +76,7 @@ def measure(
         attend: of sequence b, the weights (H, S, S); those that say how they answer to an error; and the derivative of
             the capped score by the plain product q · k.
         rotate: False leaves every head by itself.
-    Cost: 3·B·S²·H·(4·J) FLOPs.
+    Cost: 12·B·S²·H·J FLOPs; memory of 4·B·H·S·(S + 5·J) bytes.
     """
     device, (b_size, s_size) = key.device, key.shape[:2]
     group = heads.group.to(device)

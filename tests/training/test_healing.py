@@ -60,12 +60,15 @@ def test_distance_of_layers():
     assert all(torch.equal(a, b) for a, b in zip(seen, states[1:], strict=True))
 
 
-def test_padding_computes_the_same_and_stays_zero():
-    model, ids = tiny_model("widths"), random_ids(2, 12)
+@pytest.mark.parametrize("changes", [{}, {"o_bias": True, "kv_bias": True, "softmax_scale": None, "v_head_dim": 40}])
+def test_padding_computes_the_same_and_stays_zero(changes):
+    model, ids = tiny_model("widths", **changes), random_ids(2, 12)
     assert can_be_padded(model.config)
     assert not can_be_padded(tiny_model("gqa").config)
     wide = padded(model)
     assert not can_be_padded(wide.config)
+    assert wide.config.qk_head_dim % 8 == 0
+    assert wide.config.v_head_dim == max(model.config.v_head_dim, wide.config.qk_head_dim)
     assert (wide(ids).logits - model(ids).logits).abs().max() <= 1e-5
     optimizer = torch.optim.AdamW(wide.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(2):

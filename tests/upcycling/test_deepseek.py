@@ -98,7 +98,7 @@ SPLIT = {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 6, "top_k"
 DENSE = {
     "llama3": ("llama3", {"experts": 1}),
     "tied, copies": ("llama_tied", {"experts": 4}),
-    "split": ("llama3", {**SPLIT, "dense_layers": (0,)}),
+    "copies behind a dense layer": ("llama3", {"experts": 3, "dense_layers": (0,)}),
     "biases": ("llama_biases", {"experts": 1}),
     "query biases, copies": ("qwen2", {"experts": 2}),
     "partial rotary": ("phi3_partial", {"experts": 1}),

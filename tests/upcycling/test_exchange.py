@@ -130,6 +130,12 @@ def test_fields_that_servers_read(tmp_path):
         ("llama3", {}, "qwen3_moe", "always has, and this model has not: norms a query and key head"),
         ("llama3", {"mode": "drop"}, "deepseek_v3", "no place for: softmax router of experts that differ"),
         ("llama3", {"mode": "noise", "noise_std": 0.01}, "deepseek_v3", "softmax router of experts that differ"),
+        (
+            "llama3",
+            {"mode": "split", "shards": 4, "shared_shards": 1, "experts": 6, "top_k": 3},
+            "deepseek_v3",
+            "no place for: as many experts of each group, softmax router of experts that differ",
+        ),
         ("mistral", {}, "deepseek_v3", "no place for: sliding window"),
         ("gemma3", {}, "deepseek_v3", "norms a query and key head, norms behind the branches, sliding and full"),
         ("llama3", {"dtype": "float16"}, "deepseek_v3", "float16 has no room for the constant"),
