@@ -279,7 +279,8 @@ def latent_decode(
         is_causal: the queries are the last S tokens, and none sees those behind it; beside what the mask says. Left
             out: where there is no mask, or an end.
         start_B, end_B: integers, the first slot of each sequence and the one behind its last: 0 and L where left out.
-            One end for all may have one element. A static cache costs what is written in it.
+            One end for all may have one element. A static cache costs what is written in it; up to 63 tokens more may
+            be read, which must be finite.
         window: a causal query sees this many tokens, its own the last.
         softcap: scores become softcap · tanh(score / softcap). sinks_H: one more logit a head, in the divisor alone.
         value_HVC: W_uv, to be applied to the result.

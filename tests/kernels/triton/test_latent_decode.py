@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DEVICE
 
-from hf_moe.kernels import reference
+from hf_moe.kernels import latent_hopper, reference
 from hf_moe.kernels.latent_decode import latent_decode, latent_decode_packed
 
 # batch, heads, groups, queries, cached tokens, latent width, rotary width (0: no latent part in the scores)
@@ -160,3 +160,39 @@ def test_values(name):
         lengths = {"longest_query": 1, "longest_key": 70}
         options = {"query_start": start, "key_start": 70 * start, "value_HVC": weight}
         check(packed, latent_decode_packed, lengths, **options)
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+# Through the copy engine: batch, heads, groups, queries, cached tokens, latent width, rotary width.
+BULK = {
+    "DeepSeek-V2-Lite": (2, 16, 1, 1, 5000, 512, 64),
+    "DeepSeek-V3": (2, 128, 1, 1, 1000, 512, 64),
+    "several queries": (2, 32, 1, 3, 1000, 512, 64),
+    "groups and odd widths": (2, 64, 2, 2, 900, 96, 24),
+    "narrow": (9, 20, 1, 1, 1000, 40, 8),
+    "wide keys": (2, 20, 1, 1, 700, 512, 128),
+}
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("name", BULK)
+def test_bulk_copies(name, monkeypatch):
+    calls = []
+    attend = latent_hopper.attend
+    monkeypatch.setattr(latent_hopper, "attend", lambda *args: calls.append(args) or attend(*args))
+    B, H, _, _, L, C, _ = BULK[name]
+    dtype = torch.float16 if name == "narrow" else torch.bfloat16
+    tensors = inputs(BULK[name], dtype)
+    starts, ends = integers(*range(5, 5 + B)), integers(*range(L - B, L))
+    check(tensors)
+    check(tensors, start_B=starts, end_B=ends, window=200, softcap=2.0, sinks_H=torch.linspace(-1, 3, H, device=DEVICE))
+    holes = torch.rand(B, 1, 1, L, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.6
+    holes[0] = False
+    check(tensors, attention_mask=holes)
+    padding = (torch.arange(L, device=DEVICE) >= starts[:, None] * 30)[:, None, None]
+    check(tensors, attention_mask=padding, end_B=ends[:1])
+    check(tensors, value_HVC=torch.randn(H, 16, C, generator=torch.Generator().manual_seed(4)).to(DEVICE, dtype))
+    assert len(calls) == 5
+    poisoned = [t.clone() for t in tensors]
+    poisoned[2][:, :, 640:] = torch.nan
+    assert latent_decode(*poisoned, scaling=0.2, end_B=integers(600)).isfinite().all()
