@@ -4,6 +4,7 @@ A folder from the Hub works without the package: then nothing is registered, and
 """
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 
@@ -33,7 +34,7 @@ def fused(name: str, *tensors: torch.Tensor | None) -> Callable | None:
     return kernel
 
 
-def is_bare(layer: torch.nn.Module) -> bool:
+def is_bare(layer: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
     """Whether a layer is one weight and nothing more: no bias, adapter, quantisation, hook or wrapped forward."""
     return (
         type(layer) is torch.nn.Linear
