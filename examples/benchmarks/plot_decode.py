@@ -33,7 +33,8 @@ def main() -> None:
         chosen = sorted(filter(keep, rows), key=lambda row: row[key])
         for name, (label, color, marker) in IMPLEMENTATIONS.items():
             points = [(row[key], row["tokens_per_s"]) for row in chosen if row["impl"] == name]
-            panel.plot(*zip(*points, strict=True) if points else ([], []), marker=marker, color=color, label=label)
+            if points:
+                panel.plot(*zip(*points, strict=True), marker=marker, color=color, label=label)
         limits = {row[key]: 1000 * row["batch"] / row["floor_ms"] for row in chosen if "floor_ms" in row}
         panel.plot(limits.keys(), limits.values(), "--", color="#bbbbbb", label="bytes read at 3.0 TB/s")
         panel.set_xscale("log", base=2)
