@@ -2,7 +2,7 @@
 
     python examples/latent/heal.py --tiny                  # seconds on a CPU: a random model, random ids
     python examples/continued/prepare_text.py .data        # once: real text, from Debian's manuals
-    python examples/latent/heal.py --text .data            # cache ratios 0.5 and 0.25, one GPU, 3 minutes each
+    python examples/latent/heal.py --text .data            # cache ratios 0.5 and 0.25, one GPU, minutes
 
 Compression learns from the end of the training text and healing from all of it; both are measured on other manuals, as
 by compare.py. Rows go into results.json, curves and settings into healed.json; those of other ratios stay.
