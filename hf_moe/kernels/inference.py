@@ -11,12 +11,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.absorbed_hf_moe import LATENT_ATTENTION
 from ..model.fused_hf_moe import FUSED
+from . import tuning
 from .experts import known_activation
 
 # From here on a product over all tokens beats one that reads the router's weight once a token.
 _FEW_TOKENS = 64
-# Up to here products by fused multiply-adds are faster than cuBLAS's.
-_SINGLE_ROWS = 2
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -56,7 +55,7 @@ def expert_choice(
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     """See `small_batch.linear`; None where there are too many tokens for it."""
     rows = x.reshape(-1, x.shape[-1])
-    if not 0 < rows.shape[0] <= _SINGLE_ROWS or x.dtype != weight.dtype:
+    if not 0 < rows.shape[0] <= tuning.SINGLE_ROWS or x.dtype != weight.dtype:
         return None
     from .small_batch import linear
 
@@ -69,7 +68,7 @@ def gated_mlp(
     """See `small_batch.gated_mlp`; None for too many tokens, or an activation that it does not know."""
     act = known_activation(act_fn)
     rows = x.reshape(-1, x.shape[-1])
-    if act is None or act[1] != 1.0 or not 0 < rows.shape[0] <= _SINGLE_ROWS or x.dtype != gate.dtype:
+    if act is None or act[1] != 1.0 or not 0 < rows.shape[0] <= tuning.SINGLE_ROWS or x.dtype != gate.dtype:
         return None
     from .small_batch import gated_mlp
 

@@ -353,7 +353,7 @@ class HfMoeModel(HfMoePreTrainedModel):
         """
         wants_logits = self.training and kwargs.get("output_router_logits") and self.config.router_aux_loss_coef
         if not kwargs.pop("from_own_head", False) and wants_logits:
-            router = [self.config.scoring_func, self.config.topk_method]
+            router: list[str] = [self.config.scoring_func, self.config.topk_method]
             router += ["topk_each_group"] if self.config.topk_each_group else []
             if router != ["softmax", "greedy"]:
                 raise ValueError(
