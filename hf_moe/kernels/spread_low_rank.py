@@ -69,7 +69,9 @@ def _spread_low_rank_kernel(
         a = tl.load(a_rows + d[:, None] * a_stride_d, mask=(d[:, None] < D) & (r[None, :] < R), other=0.0)
         if STORE:
             tl.store(y_ptr + n.to(tl.int64)[:, None] * D + d[None, :], x, mask=mask)
-        z = tl.dot(x, a, z, input_precision=PRECISION)
+        # The select makes the loop wait for each product. Triton gives rows that are stored as well as multiplied one
+        # buffer too few to leave a product running: the next rows would be copied over those that it still reads.
+        z = tl.where(owned[:, None], tl.dot(x, a, z, input_precision=PRECISION), 0.0)
     z_ptrs = z_ptr + n.to(tl.int64)[:, None] * R + r[None, :]
     tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=owned[:, None] & (r[None, :] < R))
 

@@ -75,3 +75,34 @@ def test_an_expert_without_rows_gets_exactly_zero():
     for name in ADAPTERS:
         assert not found[name][0].any()
         assert found[name][1].any()
+
+
+def test_torch_compile_without_graph_breaks():
+    leaves, frozen = inputs(NAMED["plain"], torch.float32)
+    compiled = torch.compile(experts_lora, fullgraph=True, backend="aot_eager")
+    found, wanted = (run(f, leaves, frozen, index(NAMED["plain"]), Gating()) for f in (compiled, experts_lora))
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], msg=name)
+
+
+# "T=1" has an expert for most rows and none for the others.
+@pytest.mark.parametrize("name", ["plain", "T=0", "T=1"])
+def test_operators_keep_their_contract(name):
+    leaves, frozen = inputs(NAMED[name], torch.float32)
+    for tensor in leaves.values():
+        tensor.requires_grad_()
+    args = (
+        leaves["x"],
+        index(NAMED[name]),
+        leaves["weight"],
+        *frozen,
+        None,
+        None,
+        *(leaves[n] for n in ADAPTERS),
+        *Gating(),
+    )
+    torch.library.opcheck(
+        torch.ops.hf_moe.experts_lora.default,
+        args,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
