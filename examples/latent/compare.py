@@ -31,10 +31,10 @@ import transformers
 from hf_moe.demo.run import packaged_checkpoint
 from hf_moe.upcycling import Options, open_source
 from hf_moe.upcycling.budget import Candidate, allocate, uniform
-from hf_moe.upcycling.compression import Survey, Text, build, survey
+from hf_moe.upcycling.compression import Builder, Survey, Text, survey
 from hf_moe.upcycling.factors import latent_rows
 from hf_moe.upcycling.families import family_of
-from hf_moe.upcycling.layerwise import DenseLayers
+from hf_moe.upcycling.layerwise import DenseLayers, Passage
 from hf_moe.upcycling.layout import exact_config
 from hf_moe.upcycling.source_attention import SourceAttention
 from hf_moe.upcycling.statistics import Statistics
@@ -42,7 +42,7 @@ from hf_moe.upcycling.widths import limits_of
 
 HERE = Path(__file__).parent
 RATIOS = (0.75, 0.5, 0.375, 0.25)
-METHODS = ("ours", "weights", "activations", "uniform", "unrotated")
+METHODS = ("ours", "uniform", "unrotated", "activations", "weights")
 CONTEXT = 1024
 # Share of the cache at which the damage of single layers is measured.
 PROBED = 0.375
@@ -183,11 +183,20 @@ def main() -> None:
 
         for method in options.methods:
             found = surveyed(method in ("ours", "uniform"))
-            plain = method in ("weights", "activations")
+            plain, attention = method in ("weights", "activations"), source()
+            used = Plain(found, attention, method == "weights") if plain else found
+            builders = []
             for ratio in options.ratios:
                 chosen = sizes(found, ratio, same=method not in ("ours", "unrotated"))
-                used = Plain(found, source(), method == "weights") if plain else found
-                built = build(source(), used, chosen, text, lambda *_: None, lambda _: None, fit=not plain)
+                builders.append(Builder(attention, used, chosen, text, lambda *_: None, fit=not plain))
+
+            def visit(passage: Passage, builders: list[Builder] = builders) -> None:
+                for builder in builders:
+                    builder.visit(passage)
+
+            attention.dense.run(text.ids, visit, lambda _: None)
+            for ratio, builder in zip(options.ratios, builders, strict=True):
+                built = builder.result()
                 old = next((r for r in rows if (r["ratio"], r["method"]) == (ratio, method)), {})
                 row = {"ratio": ratio, "method": method, **{k: round(v, 5) for k, v in built.model.items()}}
                 row |= {name: old.get(name) for name in ("ppl_healed", "heal_tokens")}
