@@ -2,9 +2,9 @@
 
     python examples/continued/prepare_text.py .data                             # once: real text, Debian's manuals
     python examples/latent/compare.py --text .data --device cuda                # learns from 64k, measures on 100k
-    python examples/latent/compare.py --text .data --learn 8192 --measure 4096  # on a CPU
+    python examples/latent/compare.py --text .data --learn 4096 --measure 2048 --context 512    # on a CPU
 
-Learnt from the end of the training text, measured on held-out documents, rows of 1,024 tokens. Methods:
+Learnt from the end of the training text, measured on held-out documents. Methods:
 
     ours         rotation across key heads, sizes of each layer by the budget, output projections fitted
     weights      truncated SVD of the keys' and values' weights; rotary pairs of the largest weights; layers alike
@@ -43,7 +43,6 @@ from hf_moe.upcycling.widths import limits_of
 HERE = Path(__file__).parent
 RATIOS = (0.75, 0.5, 0.375, 0.25)
 METHODS = ("ours", "uniform", "unrotated", "activations", "weights")
-CONTEXT = 1024
 # Share of the cache at which the damage of single layers is measured.
 PROBED = 0.375
 
@@ -95,14 +94,14 @@ class Plain(Survey):
         object.__setattr__(self, "by_weights", by_weights)
 
 
-def tokens(path: Path, rows: int, from_end: bool) -> torch.Tensor:
+def tokens(path: Path, count: int, context: int, from_end: bool) -> torch.Tensor:
     with lzma.open(path) as file:
         ids = np.load(file)
-    count = rows * CONTEXT
+    count = max(1, count // context) * context
     if len(ids) < count:
         raise ValueError(f"{path} has {len(ids)} tokens, {count} are needed")
     part = ids[-count:] if from_end else ids[:count]
-    return torch.from_numpy(part.astype(np.int64)).view(rows, CONTEXT)
+    return torch.from_numpy(part.astype(np.int64)).view(-1, context)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -133,6 +132,7 @@ def main() -> None:
     add("--source", type=Path, help="dense model; the packaged SmolLM2-135M-Instruct by default")
     add("--learn", type=int, default=65_536, help="tokens to learn from")
     add("--measure", type=int, default=102_400, help="tokens to measure on")
+    add("--context", type=int, default=1024, help="tokens in a row")
     add("--methods", nargs="+", default=METHODS, choices=METHODS)
     add("--ratios", type=float, nargs="+", default=RATIOS)
     add("--device", default="cpu")
@@ -152,11 +152,11 @@ def main() -> None:
 
     ids = torch.cat(
         [
-            tokens(options.text / "train.npy.xz", max(1, options.learn // CONTEXT), from_end=True),
-            tokens(options.text / "heldout.npy.xz", max(1, options.measure // CONTEXT), from_end=False),
+            tokens(options.text / "train.npy.xz", options.learn, options.context, from_end=True),
+            tokens(options.text / "heldout.npy.xz", options.measure, options.context, from_end=False),
         ]
     )
-    text = Text(ids, max(1, options.measure // CONTEXT))
+    text = Text(ids, max(1, options.measure // options.context))
 
     def say(*words: Any) -> None:
         print(f"[{time.monotonic() - start:6.1f} s]", *words, flush=True)
@@ -212,6 +212,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "commit": options.commit,
         "seed": options.seed,
+        "context": options.context,
         "tokens_learnt": text.ids[text.learnt].numel(),
         "tokens_measured": text.ids[text.measured].numel(),
         "seconds": round(time.monotonic() - start, 1),
