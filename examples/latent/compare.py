@@ -2,9 +2,9 @@
 
     python examples/continued/prepare_text.py .data                             # once: real text, Debian's manuals
     python examples/latent/compare.py --text .data --device cuda                # learns from 64k, measures on 100k
-    python examples/latent/compare.py --text .data --learn 8192 --measure 4096  # on a CPU
+    python examples/latent/compare.py --text .data --learn 4096 --measure 2048 --context 512    # on a CPU
 
-Learnt from the end of the training text, measured on held-out documents, rows of 1,024 tokens. Methods:
+Learnt from the end of the training text, measured on held-out documents. Methods:
 
     ours         rotation across key heads, sizes of each layer by the budget, output projections fitted
     weights      truncated SVD of the keys' and values' weights; rotary pairs of the largest weights; layers alike
@@ -31,10 +31,10 @@ import transformers
 from hf_moe.demo.run import packaged_checkpoint
 from hf_moe.upcycling import Options, open_source
 from hf_moe.upcycling.budget import Candidate, allocate, uniform
-from hf_moe.upcycling.compression import Survey, Text, build, survey
+from hf_moe.upcycling.compression import Builder, Survey, Text, survey
 from hf_moe.upcycling.factors import latent_rows
 from hf_moe.upcycling.families import family_of
-from hf_moe.upcycling.layerwise import DenseLayers
+from hf_moe.upcycling.layerwise import DenseLayers, Passage
 from hf_moe.upcycling.layout import exact_config
 from hf_moe.upcycling.source_attention import SourceAttention
 from hf_moe.upcycling.statistics import Statistics
@@ -42,8 +42,7 @@ from hf_moe.upcycling.widths import limits_of
 
 HERE = Path(__file__).parent
 RATIOS = (0.75, 0.5, 0.375, 0.25)
-METHODS = ("ours", "weights", "activations", "uniform", "unrotated")
-CONTEXT = 1024
+METHODS = ("ours", "uniform", "unrotated", "activations", "weights")
 # Share of the cache at which the damage of single layers is measured.
 PROBED = 0.375
 
@@ -95,14 +94,14 @@ class Plain(Survey):
         object.__setattr__(self, "by_weights", by_weights)
 
 
-def tokens(path: Path, rows: int, from_end: bool) -> torch.Tensor:
+def tokens(path: Path, count: int, context: int, from_end: bool) -> torch.Tensor:
     with lzma.open(path) as file:
         ids = np.load(file)
-    count = rows * CONTEXT
+    count = max(1, count // context) * context
     if len(ids) < count:
         raise ValueError(f"{path} has {len(ids)} tokens, {count} are needed")
     part = ids[-count:] if from_end else ids[:count]
-    return torch.from_numpy(part.astype(np.int64)).view(rows, CONTEXT)
+    return torch.from_numpy(part.astype(np.int64)).view(-1, context)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -133,6 +132,7 @@ def main() -> None:
     add("--source", type=Path, help="dense model; the packaged SmolLM2-135M-Instruct by default")
     add("--learn", type=int, default=65_536, help="tokens to learn from")
     add("--measure", type=int, default=102_400, help="tokens to measure on")
+    add("--context", type=int, default=1024, help="tokens in a row")
     add("--methods", nargs="+", default=METHODS, choices=METHODS)
     add("--ratios", type=float, nargs="+", default=RATIOS)
     add("--device", default="cpu")
@@ -152,11 +152,11 @@ def main() -> None:
 
     ids = torch.cat(
         [
-            tokens(options.text / "train.npy.xz", max(1, options.learn // CONTEXT), from_end=True),
-            tokens(options.text / "heldout.npy.xz", max(1, options.measure // CONTEXT), from_end=False),
+            tokens(options.text / "train.npy.xz", options.learn, options.context, from_end=True),
+            tokens(options.text / "heldout.npy.xz", options.measure, options.context, from_end=False),
         ]
     )
-    text = Text(ids, max(1, options.measure // CONTEXT))
+    text = Text(ids, max(1, options.measure // options.context))
 
     def say(*words: Any) -> None:
         print(f"[{time.monotonic() - start:6.1f} s]", *words, flush=True)
@@ -183,11 +183,20 @@ def main() -> None:
 
         for method in options.methods:
             found = surveyed(method in ("ours", "uniform"))
-            plain = method in ("weights", "activations")
+            plain, attention = method in ("weights", "activations"), source()
+            used = Plain(found, attention, method == "weights") if plain else found
+            builders = []
             for ratio in options.ratios:
                 chosen = sizes(found, ratio, same=method not in ("ours", "unrotated"))
-                used = Plain(found, source(), method == "weights") if plain else found
-                built = build(source(), used, chosen, text, lambda *_: None, lambda _: None, fit=not plain)
+                builders.append(Builder(attention, used, chosen, text, lambda *_: None, fit=not plain))
+
+            def visit(passage: Passage, builders: list[Builder] = builders) -> None:
+                for builder in builders:
+                    builder.visit(passage)
+
+            attention.dense.run(text.ids, visit, lambda _: None)
+            for ratio, builder in zip(options.ratios, builders, strict=True):
+                built = builder.result()
                 old = next((r for r in rows if (r["ratio"], r["method"]) == (ratio, method)), {})
                 row = {"ratio": ratio, "method": method, **{k: round(v, 5) for k, v in built.model.items()}}
                 row |= {name: old.get(name) for name in ("ppl_healed", "heal_tokens")}
@@ -203,6 +212,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "commit": options.commit,
         "seed": options.seed,
+        "context": options.context,
         "tokens_learnt": text.ids[text.learnt].numel(),
         "tokens_measured": text.ids[text.measured].numel(),
         "seconds": round(time.monotonic() - start, 1),

@@ -166,27 +166,45 @@ def build(
     text: Text,
     keep: Callable[[int, dict[str, torch.Tensor]], None],
     advance: Advance,
-    fit: bool = True,
 ) -> Built:
     """The second pass.
 
     Args:
         sizes: one for each layer. keep: is given each layer's tensors.
-        fit: whether output projections are fitted.
     Cost: two forward passes over the text.
     """
-    widths: list[Width] = []
-    rows: list[dict[str, Any]] = []
-    stream: list[torch.Tensor] = []
-    final: list[torch.Tensor] = []
+    builder = Builder(source, found, sizes, text, keep)
+    source.dense.run(text.ids, builder.visit, advance)
+    return builder.result()
 
-    def visit(passage: Passage) -> None:
-        layer, size, weights = passage.number, sizes[passage.number], source.weights(passage.number)
-        statistics = found.statistics(layer, source.dense.device)
+
+class Builder:
+    """One compressed model in the making, layer by layer beside the source; several may share its pass."""
+
+    def __init__(
+        self,
+        source: SourceAttention,
+        found: Survey,
+        sizes: list[Candidate],
+        text: Text,
+        keep: Callable[[int, dict[str, torch.Tensor]], None],
+        fit: bool = True,
+    ):
+        self.source, self.found, self.sizes, self.text, self.keep, self.fit = source, found, sizes, text, keep, fit
+        self.widths: list[Width] = []
+        self.rows: list[dict[str, Any]] = []
+        self.stream: torch.Tensor | None = None
+        self.exact: torch.Tensor | None = None
+
+    def visit(self, passage: Passage) -> None:
+        """Make the next layer and pass the text through it."""
+        source, text, layer, size = self.source, self.text, passage.number, self.sizes[passage.number]
+        weights = source.weights(layer)
+        statistics = self.found.statistics(layer, source.dense.device)
         made = make_layer(source, layer, weights, statistics, size)
         tensors, width = made.tensors, made.width
         rope, mask = rope_of(passage, width.frequencies), passage.arguments.get("attention_mask")
-        hidden = stream[0] if stream else passage.hidden
+        hidden = passage.hidden if self.stream is None else self.stream
         wanted = passage.attention_output
         if source.adds:
             # What the layers before left out can be made up for here.
@@ -194,20 +212,23 @@ def build(
 
         def attention(x: torch.Tensor) -> torch.Tensor:
             read = before_output(made.attention, x, rope, mask)
-            if fit:
+            if self.fit:
                 tensors["o_proj"] = fitted(tensors["o_proj"], read[text.learnt], wanted[text.learnt])
             out = read @ tensors["o_proj"][:, :-1].float().T + tensors["o_proj"][:, -1].float()
-            rows.append(_ledger_row(source, passage, weights, statistics, size, made, out, text))
+            self.rows.append(_ledger_row(source, passage, weights, statistics, size, made, out, text))
             return out
 
-        stream[:] = [passage.again(hidden, attention)]
-        keep(layer, tensors)
-        widths.append(width)
-        final[:] = [passage.output[text.measured]]
+        self.stream = passage.again(hidden, attention)
+        self.keep(layer, tensors)
+        self.widths.append(width)
+        self.exact = passage.output[text.measured]
 
-    source.dense.run(text.ids, visit, advance)
-    model = agreement(source, final[0], stream[0][text.measured], text.ids[text.measured].to(final[0].device))
-    return Built(widths, rows, model)
+    def result(self) -> Built:
+        """After the last layer."""
+        assert self.stream is not None
+        assert self.exact is not None
+        own, measured = self.stream[self.text.measured], self.text.ids[self.text.measured]
+        return Built(self.widths, self.rows, agreement(self.source, self.exact, own, measured.to(own.device)))
 
 
 def fitted(output: torch.Tensor, read: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from .budget import Candidate
 from .rotation import as_halves, counter_rotated, interleaved, shared_keys
 from .statistics import Heads, Statistics
+from .threads import one_thread
 
 _RIDGE = 1e-6
 
@@ -60,7 +61,8 @@ def factor(statistics: Statistics, kept: torch.Tensor, latent: int) -> Latent:
     """The best latent of a width; its tail is the sum of the eigenvalues left out."""
     index, lower, moments = _weighted(statistics, kept)
     # At a layer's size the processor is quicker than a GPU.
-    values, vectors = torch.linalg.eigh(moments.cpu())
+    with one_thread():
+        values, vectors = torch.linalg.eigh(moments.cpu())
     vectors = vectors[:, len(vectors) - latent :].flip(1).to(lower.device)
     expand = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
     tail = float(values[: len(values) - latent].clamp_min(0).sum())
@@ -75,7 +77,8 @@ def candidates(statistics: Statistics, fixed: int, wanted: int | None = None) ->
     """
     order, found = by_loss(statistics), []
     for count in sorted({*_counts(len(order)), *(() if wanted is None else (wanted,))}):
-        values = torch.linalg.eigvalsh(_weighted(statistics, order[:count])[2].cpu()).flip(0).clamp_min(0)
+        with one_thread():
+            values = torch.linalg.eigvalsh(_weighted(statistics, order[:count])[2].cpu()).flip(0).clamp_min(0)
         tail = (values.sum() - values.cumsum(0)).clamp_min(0)
         loss = (tail + float(statistics.without_rope_J[order[count:]].sum())).tolist()
         found += [Candidate(fixed + 2 * count + c, count, c, each) for c, each in enumerate(loss, 1)]
