@@ -3,6 +3,8 @@
 Triton is imported at the first call.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,7 +70,8 @@ def gated_mlp(
     """See `small_batch.gated_mlp`; None for too many tokens, or an activation that it does not know."""
     act = known_activation(act_fn)
     rows = x.reshape(-1, x.shape[-1])
-    if act is None or act[1] != 1.0 or not 0 < rows.shape[0] <= tuning.SINGLE_ROWS or x.dtype != gate.dtype:
+    few = 0 < rows.shape[0] <= tuning.SINGLE_ROWS
+    if act is None or act[1] != 1.0 or not few or any(w.dtype != x.dtype for w in (gate, up, down)):
         return None
     from .small_batch import gated_mlp
 
@@ -107,14 +110,26 @@ def latent_attention(
 
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks_H": s_aux, "value_HVC": w_uv}
     options["window"] = window
-    if pages is not None:
-        return kernels.latent_decode_packed(q_latent, query, value, key, **options, **pages), None
-    options |= {"attention_mask": attention_mask, "is_causal": is_causal, "end_B": end}
-    return kernels.latent_decode(q_latent, query, value, key, **options), None
+    with torch.cuda.device_of(query):
+        if pages is not None:
+            return kernels.latent_decode_packed(q_latent, query, value, key, **options, **pages), None
+        options |= {"attention_mask": attention_mask, "is_causal": is_causal, "end_B": end}
+        return kernels.latent_decode(q_latent, query, value, key, **options), None
+
+
+def _on_its_device(function: Callable) -> Callable:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(function)
+    def call(first: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *arguments, **options)
+
+    return call
 
 
 def register() -> None:
     """Enter the functions above under their names."""
     ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION, latent_attention)
     functions = rms_norm, add_rms_norm, latent_entry, expert_choice, few_rows_linear, gated_mlp
-    FUSED.update({function.__name__: function for function in functions})
+    FUSED.update({function.__name__: _on_its_device(function) for function in functions})

@@ -24,7 +24,7 @@ def _rotate(source, target, i, keep, cos, sin, P: tl.constexpr, INTERLEAVE: tl.c
 @triton.jit
 def _enter_kernel(
     query_ptr, latent_key_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, rotated_ptr, latent_ptr, k_rot_ptr,
-    cos_b, cos_s, latent_b, latent_l, k_rot_b, k_rot_l, S, eps,
+    cos_b, cos_s, latent_b, latent_l, k_rot_b, k_rot_l, S, L, eps,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_SLOT: tl.constexpr, ADVANCE: tl.constexpr, INTERLEAVE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
@@ -58,10 +58,13 @@ def _enter_kernel(
             normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / C + eps)).to(latent.dtype)
             weight = tl.load(weight_ptr + c, mask=c < C, other=0.0)
             latent = (weight.to(tl.float32) * normed.to(tl.float32)).to(latent.dtype)
-        tl.store(latent_ptr + b * latent_b + slot * latent_l + c, latent, mask=c < C)
+        # A full cache takes no more: the next slot would be another sequence's.
+        room = slot < L
+        tl.store(latent_ptr + b * latent_b + slot * latent_l + c, latent, mask=room & (c < C))
         g = tl.arange(0, BLOCK_G)
         k_rot = k_rot_ptr + b * k_rot_b + slot * k_rot_l + g[:, None] * P
-        _rotate(row + C + g[:, None] * P, k_rot, i, (g[:, None] < G) & (i < P // 2), cos, sin, P, INTERLEAVE)
+        keep = room & (g[:, None] < G) & (i < P // 2)
+        _rotate(row + C + g[:, None] * P, k_rot, i, keep, cos, sin, P, INTERLEAVE)
 
 
 def latent_entry(
@@ -89,7 +92,7 @@ def latent_entry(
         norm_C: weight of the latent's RMS norm, with `eps`; None for no norm.
         interleave: pairs stand side by side in both projections. Rotated ones stand half a width apart either way.
         cache: latents (B, 1, L, C), keys (B, 1, L, G·P) and a scalar int64: the slot of the first token. They are
-            written in place, and the scalar moves on by S.
+            written in place, and the scalar moves on by S. Tokens from slot L on are lost.
     Returns:
         queries (B, H, S, N + P), contiguous; then the two tensors of `cache`, or new ones with L = S.
     Gradients: none. Cost: everything is read and written once, one launch.
@@ -115,7 +118,7 @@ def latent_entry(
         query_BSX, latent_key_BSY, latent_key_BSY if norm_C is None else norm_C, cos, sin,
         cos if slot is None else slot, rotated, latent, k_rot,
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
-        latent.stride(0), latent.stride(2), k_rot.stride(0), k_rot.stride(2), S, eps,
+        latent.stride(0), latent.stride(2), k_rot.stride(0), k_rot.stride(2), S, latent.shape[2], eps,
         heads, G, C, P, nope, norm_C is not None, slot is not None, alone, interleave,
         block_h, power_of_2(G), power_of_2(C), block_n, power_of_2(P // 2),
     )  # fmt: skip

@@ -262,6 +262,8 @@ def suits(q_latent: Tensor | None, q_rot_rows: Tensor, latent: Tensor, k_rot: Te
         return False
     if torch.cuda.get_device_capability(latent.device)[0] != 9:
         return False
+    if not q_latent.dtype == q_rot_rows.dtype == k_rot.dtype == latent.dtype:
+        return False
     C, P = latent.shape[-1], q_rot_rows.shape[-1]
     if C > 512 or C % 8 or P > 128 or P % 8:
         return False

@@ -38,8 +38,18 @@ _library.define(f"grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, {_
                 "int per_token, bool[] needs) -> (Tensor, Tensor, Tensor)")  # fmt: skip
 
 
-def _implement(name: str):
-    return torch.library.impl(f"hf_moe::{name}", "CompositeExplicitAutograd", lib=_library)
+def implement(name: str):
+    """Register the body of an operator; it runs on the device of its first tensor, where Triton then launches."""
+
+    def register(body):
+        @functools.wraps(body)
+        def on_its_device(first: Tensor, *arguments):
+            with torch.cuda.device_of(first):
+                return body(first, *arguments)
+
+        return torch.library.impl(f"hf_moe::{name}", "CompositeExplicitAutograd", lib=_library)(on_its_device)
+
+    return register
 
 
 def _weight_gradient_as(weight: Tensor, left: Tensor, right: Tensor, *args, **kwargs) -> Tensor:
@@ -205,9 +215,9 @@ def _experts_autograd(ctx, dout, *_):
     return dx, None, dweight, dup, ddown, dup_bias, ddown_bias, *nothing
 
 
-_implement("experts")(_experts)
-_implement("experts_inference")(_experts_inference)
-_implement("experts_backward")(_experts_backward)
+implement("experts")(_experts)
+implement("experts_inference")(_experts_inference)
+implement("experts_backward")(_experts_backward)
 torch.library.register_fake("hf_moe::experts", _experts_fake, lib=_library)
 torch.library.register_fake("hf_moe::experts_inference", lambda x, *_: x.new_empty(x.shape), lib=_library)
 torch.library.register_fake("hf_moe::experts_backward", _experts_backward_fake, lib=_library)
@@ -312,9 +322,9 @@ def _grouped_linear_autograd(ctx, dy):
     return *(g if need else None for g, need in zip(found, needs, strict=True)), *([None] * 5)
 
 
-_implement("route")(_route)
-_implement("grouped_linear")(_grouped_linear)
-_implement("grouped_linear_backward")(_grouped_linear_backward)
+implement("route")(_route)
+implement("grouped_linear")(_grouped_linear)
+implement("grouped_linear_backward")(_grouped_linear_backward)
 torch.library.register_fake("hf_moe::route", _route_fake, lib=_library)
 torch.library.register_fake(
     "hf_moe::grouped_linear",

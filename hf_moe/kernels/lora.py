@@ -14,7 +14,7 @@ from .combine import combine, spread
 from .descriptors import dense_rows, dense_side
 from .gating import Gating, gating_gradient
 from .grouped_linear import Adapter, grouped_linear
-from .layer import Plan
+from .layer import Plan, implement
 from .routing import Routing, route, tile_capacity
 from .spread_low_rank import low_rank_of_tokens, spread_low_rank
 from .tuning import Tile, power_of_2
@@ -221,8 +221,8 @@ def _autograd(ctx, dout, *_):
     return tuple(gradients)
 
 
-torch.library.impl("hf_moe::experts_lora", "CompositeExplicitAutograd", lib=_library)(_forward)
-torch.library.impl("hf_moe::experts_lora_backward", "CompositeExplicitAutograd", lib=_library)(_backward)
+implement("experts_lora")(_forward)
+implement("experts_lora_backward")(_backward)
 torch.library.register_fake("hf_moe::experts_lora", _forward_fake, lib=_library)
 torch.library.register_fake("hf_moe::experts_lora_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("hf_moe::experts_lora", _autograd, setup_context=_setup, lib=_library)

@@ -79,6 +79,9 @@ def latent_function(module: Any, query: torch.Tensor) -> Callable | None:
         return None
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32) or torch.is_grad_enabled():
         return None
+    # Autocast leaves norms and products in different dtypes.
+    if torch.is_autocast_enabled("cuda"):
+        return None
     if module.training and module.attention_dropout:
         return None
     return ALL_ATTENTION_FUNCTIONS.get(LATENT_ATTENTION)
@@ -118,14 +121,15 @@ def absorbed_attention(
     kernel = latent_function(module, query)
     if kernel is not None:
         if "flash" in module.config._attn_implementation:
-            options = {"is_causal": query_length > 1, "end": end}
+            options = {"is_causal": True, "end": end, "window": module.sliding_window}
             if attention_mask is not None:
                 latent, k_rot = (x[:, :, : attention_mask.shape[1]] for x in (latent, k_rot))
                 options, attention_mask = options | {"end": None}, attention_mask[:, None, None].bool()
         else:
             if attention_mask is None and query_length > 1:
                 latent, k_rot = (x[:, :, :query_length] for x in (latent, k_rot))
-            options = {"end": end if attention_mask is not None else None}
+            # A mask says itself what is causal.
+            options = {"is_causal": attention_mask is None, "end": end if attention_mask is not None else None}
         return _through_kernel(kernel, module, query, latent, k_rot, attention_mask, options), None
 
     w_uk_HNC, w_uv_HVC = _projections(module, num_heads)

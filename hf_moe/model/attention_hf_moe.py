@@ -22,7 +22,7 @@ from .absorbed_hf_moe import (
 )
 from .configuration_hf_moe import HfMoeConfig
 from .eager_hf_moe import eager_attention_forward
-from .fused_hf_moe import apply_linear, fused
+from .fused_hf_moe import apply_linear, fused, is_untouched
 from .generation_hf_moe import is_filled, is_unfilled
 from .paging_hf_moe import half_width, update_paged
 from .rotary_hf_moe import apply_rotary_pos_emb, rope_parameters_of
@@ -37,24 +37,26 @@ class HfMoeRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if kernel := self._kernel("rms_norm", hidden_states):
+        same = hidden_states.dtype == self.weight.dtype
+        if same and (kernel := fused("rms_norm", hidden_states, self.weight)):
             return kernel(hidden_states, self.weight, self.variance_epsilon)
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x.to(hidden_states.dtype)
 
-    def after_adding(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the two, and its norm."""
-        if kernel := self._kernel("add_rms_norm", hidden_states):
-            return kernel(hidden_states, branch, self.weight, self.variance_epsilon)
-        total = hidden_states + branch
-        return total, self(total)
-
-    def _kernel(self, name: str, hidden_states: torch.Tensor) -> Callable | None:
-        return fused(name, hidden_states, self.weight) if hidden_states.dtype == self.weight.dtype else None
-
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def add_and_norm(
+    norm: nn.Module, hidden_states: torch.Tensor, branch: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the two, and its norm."""
+    own = is_untouched(norm, HfMoeRMSNorm) and hidden_states.dtype == branch.dtype == norm.weight.dtype
+    if own and (kernel := fused("add_rms_norm", hidden_states, branch, norm.weight)):
+        return kernel(hidden_states, branch, norm.weight, norm.variance_epsilon)
+    total = hidden_states + branch
+    return total, norm(total)
 
 
 def softmax_scale(config: HfMoeConfig, layer_type: str) -> float:
@@ -191,8 +193,9 @@ class HfMoeAttention(nn.Module):
             query = apply_linear(self.q_b_proj, self.q_a_layernorm(query) if self.config.q_a_layernorm else query)
         latent_key = apply_linear(self.kv_a_proj_with_mqa, hidden_states)
         norm = self.kv_a_layernorm if self.config.kv_a_layernorm else None
-        weight = norm.weight if norm is not None else None
-        kernel = fused("latent_entry", query, latent_key, weight) if self.can_fuse else None
+        can_fuse = self.can_fuse and (norm is None or is_untouched(norm, HfMoeRMSNorm))
+        weight = norm.weight if norm is not None and can_fuse else None
+        kernel = fused("latent_entry", query, latent_key, weight) if can_fuse else None
         if kernel is None or query.dtype != latent_key.dtype or (weight is not None and weight.dtype != query.dtype):
             query = self.rotated_query(query, cos, sin)
             return query, *self.rotated_latent(latent_key, cos, sin)

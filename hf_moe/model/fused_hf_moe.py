@@ -18,7 +18,7 @@ def fused(name: str, *tensors: torch.Tensor | None) -> Callable | None:
     It has no gradient and is opaque to a tracer, takes ordinary tensors of one of three dtypes, and knows no autocast.
     """
     kernel = FUSED.get(name)
-    if kernel is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if kernel is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     first = tensors[0]
     assert first is not None
@@ -34,15 +34,19 @@ def fused(name: str, *tensors: torch.Tensor | None) -> Callable | None:
     return kernel
 
 
-def is_bare(layer: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
-    """Whether a layer is one weight and nothing more: no bias, adapter, quantisation, hook or wrapped forward."""
+def is_untouched(module: torch.nn.Module, kind: type) -> bool:
+    """Whether a module is of just this class, without adapter, quantisation, hook or wrapped forward."""
     return (
-        type(layer) is torch.nn.Linear
-        and layer.bias is None
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and "forward" not in layer.__dict__
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
     )
+
+
+def is_bare(layer: torch.nn.Module) -> TypeGuard[torch.nn.Linear]:
+    """Whether a layer is one weight and nothing more."""
+    return is_untouched(layer, torch.nn.Linear) and layer.bias is None
 
 
 def apply_linear(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

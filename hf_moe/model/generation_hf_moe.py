@@ -4,37 +4,48 @@ host that runs one step ahead of the GPU.
 Letters: B batch, L slots of the cache, V vocabulary.
 """
 
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import masking_utils
 from transformers.cache_utils import Cache, StaticLayer
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 # A cache by default may take this share of the GPU memory that is free; a larger one grows as it fills instead.
 SHARE_OF_FREE_MEMORY = 0.5
+# Where there are CUDA graphs.
+REPLAYING_DEVICES = ("cuda",)
+# A process can capture one graph at a time.
+_CAPTURING = threading.Lock()
 
 
 def is_static(cache: Any) -> bool:
     """Whether every layer keeps its slots at one address and its length in a tensor, so that replays can write both."""
-    return isinstance(cache, Cache) and bool(cache.layers) and all(type(layer) is StaticLayer for layer in cache.layers)
+    return _is_in_place(cache) and bool(cache.layers) and all(type(layer) is StaticLayer for layer in cache.layers)
 
 
 def is_unfilled(cache: Any, layer: int = 0) -> bool:
     """Whether this layer of a cache is static and has seen no token yet."""
-    return _is_static_layer(cache, layer) and not cache.layers[layer].is_initialized
+    return isinstance(cache, Cache) and _is_static_layer(cache, layer) and not cache.layers[layer].is_initialized
 
 
 def is_filled(cache: Any, layer: int = 0) -> bool:
-    """Whether this layer of a cache is static and its slots exist."""
-    return _is_static_layer(cache, layer) and cache.layers[layer].is_initialized
+    """Whether this layer of a cache is static, its slots exist, and they may be written without the cache's help."""
+    return _is_in_place(cache) and _is_static_layer(cache, layer) and cache.layers[layer].is_initialized
 
 
-def _is_static_layer(cache: Any, layer: int) -> bool:
-    return isinstance(cache, Cache) and layer < len(cache.layers) and type(cache.layers[layer]) is StaticLayer
+def _is_in_place(cache: Any) -> bool:
+    """An offloaded cache fetches a layer's slots in `update`."""
+    return isinstance(cache, Cache) and not cache.offloading and type(cache).update is Cache.update
+
+
+def _is_static_layer(cache: Cache, layer: int) -> bool:
+    return layer < len(cache.layers) and type(cache.layers[layer]) is StaticLayer
 
 
 class DecodeStep:
@@ -50,7 +61,8 @@ class DecodeStep:
         attention_mask: (B, tokens seen), 0 for padding; None where there is none.
         position: (B, 1), the last token's.
         capture: records a call; `capture_cuda_graph`.
-    Cost: one eager step and one capture for each call of `generate`; the graph's memory is that of one eager step.
+    Cost: one eager step and one capture, which waits for the GPU and empties PyTorch's cache of free memory, for each
+        call of `generate`; the graph's memory is that of one eager step.
     """
 
     def __init__(
@@ -59,7 +71,7 @@ class DecodeStep:
         cache: Cache,
         attention_mask: torch.Tensor | None,
         position: torch.Tensor,
-        capture: Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]],
+        capture: Callable[[Callable[[], torch.Tensor], torch.device], tuple[Callable[[], None], torch.Tensor]],
     ):
         self.model, self.cache, self.capture = model, cache, capture
         self.position = position.clone()
@@ -77,7 +89,7 @@ class DecodeStep:
             return self.run()
         self.token.copy_(token.unsqueeze(1))
         if self.replay is None:
-            self.replay, self.logits = self.capture(self.run)
+            self.replay, self.logits = self.capture(self.run, token.device)
         self.replay()
         assert self.logits is not None
         return self.logits
@@ -95,10 +107,15 @@ class DecodeStep:
         return outputs.logits[:, -1]
 
 
-def capture_cuda_graph(call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    """Record what `call` launches, without running it. Returns what replays it, and where its result will be."""
+def capture_cuda_graph(
+    call: Callable[[], torch.Tensor], device: torch.device
+) -> tuple[Callable[[], None], torch.Tensor]:
+    """Record what `call` launches on this device, without running it. Returns what replays it, and where its result
+    will be. Other threads may go on allocating; only one captures at a time.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
+    stream = torch.cuda.Stream(device)
+    with _CAPTURING, torch.no_grad(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         output = call()
     return graph.replay, output
 
@@ -160,21 +177,13 @@ class CapturedGeneration:
         batch_size: int,
         length: int,
     ) -> bool:
-        if self.device.type != "cuda" or model_kwargs.get("past_key_values") is not None:
-            return False
-        # Nothing else is captured, and Transformers cannot prepare flex attention's masks for a static cache.
-        if self.config._attn_implementation != "sdpa":
+        if model_kwargs.get("past_key_values") is not None or not self._may_replay(generation_config):
             return False
         if generation_config.cache_implementation is not None or generation_config.use_cache is False:
             return False
         if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             return False
-        if generation_config.disable_compile or generation_config.is_assistant or generation_config.prefill_chunk_size:
-            return False
-        if (
-            set(self.config.layer_types) != {"full_attention"}
-            or len(set(getattr(self, "hf_device_map", {}).values())) > 1
-        ):
+        if generation_config.prefill_chunk_size or set(self.config.layer_types) != {"full_attention"}:
             return False
         sequences = batch_size * generation_config.num_return_sequences
         needed = sequences * length * sum(self.config.cache_widths) * self.dtype.itemsize
@@ -198,11 +207,24 @@ class CapturedGeneration:
     ) -> Any:
         """As Transformers' own loop, with its steps replayed and their ends read one step late.
 
-        A sequence that has ended costs one step more, which leaves no trace: the cache forgets it.
+        When the last sequence has ended one more step is under way. The cache forgets it; processors, criteria and the
+        random generator have seen it.
         """
-        arguments = input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer
+        arguments = input_ids, logits_processor, stopping_criteria, generation_config
         if synced_gpus or not self._can_capture(generation_config, model_kwargs):
-            return super()._sample(*arguments, **model_kwargs)  # type: ignore[misc]
+            return super()._sample(*arguments, synced_gpus, streamer, **model_kwargs)  # type: ignore[misc]
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self._sample_ahead(*arguments, streamer, **model_kwargs)
+
+    def _sample_ahead(
+        self: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        streamer: Any,
+        **model_kwargs: Any,
+    ) -> Any:
         cache = model_kwargs["past_key_values"]
         outputs = self._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
         step = self._decode_step(cache, model_kwargs, input_ids)
@@ -245,27 +267,34 @@ class CapturedGeneration:
             return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
         return input_ids
 
+    def _may_replay(self: Any, generation_config: GenerationConfig) -> bool:
+        """Whether decode steps of this model, asked for so, can be replayed if the cache allows it."""
+        if self.device.type not in REPLAYING_DEVICES or torch.distributed.is_initialized():
+            return False
+        if generation_config.disable_compile or generation_config.compile_config or generation_config.is_assistant:
+            return False
+        names = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+        if generation_config.return_dict_in_generate and any(getattr(generation_config, name) for name in names):
+            return False
+        # The loop over experts asks the host which of them have tokens, a dynamic rope how long the text has become.
+        if self.config._experts_implementation == "eager" or "dynamic" in self.model.rotary_emb.rope_types:
+            return False
+        # Transformers cannot prepare flex attention's masks for a static cache.
+        if self.config._attn_implementation != "sdpa" or len(set(getattr(self, "hf_device_map", {}).values())) > 1:
+            return False
+        if getattr(self, "hf_quantizer", None) is not None and not self.hf_quantizer.is_compileable:
+            return False
+        # Compiled by the user, or fed by somebody else: peft's prompts are inputs that a step would lack.
+        if self._compiled_call_impl is not None or hasattr(self.forward, "_torchdynamo_orig_callable"):
+            return False
+        prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
+        return prepare is GenerationMixin.prepare_inputs_for_generation
+
     def _can_capture(self: Any, generation_config: GenerationConfig, model_kwargs: dict) -> bool:
-        """The loop over experts asks the host which of them have tokens, so that it cannot be captured."""
-        if generation_config.compile_config is not None or torch.distributed.is_initialized():
-            return False
-        if not self._valid_auto_compile_criteria(model_kwargs, generation_config):
-            return False
-        if generation_config.is_assistant or not is_static(model_kwargs.get("past_key_values")):
-            return False
-        if self.config._experts_implementation == "eager" or self.config._attn_implementation != "sdpa":
-            return False
-        if generation_config.return_dict_in_generate:
-            names = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
-            if any(getattr(generation_config, name) for name in names):
-                return False
-        if len(set(getattr(self, "hf_device_map", {}).values())) > 1:
-            return False
-        # That rope asks the host how long the text has become.
-        if "dynamic" in self.model.rotary_emb.rope_types:
-            return False
         mask = model_kwargs.get("attention_mask")
-        return mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2)
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+            return False
+        return is_static(model_kwargs.get("past_key_values")) and self._may_replay(generation_config)
 
     def _decode_step(self: Any, cache: Cache, model_kwargs: dict, input_ids: torch.Tensor) -> DecodeStep:
         mask, position = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")

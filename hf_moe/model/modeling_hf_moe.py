@@ -31,7 +31,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm
+from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm, add_and_norm
 from .batching_hf_moe import LatentBatching
 from .configuration_hf_moe import HfMoeConfig
 from .fused_hf_moe import fused, is_bare
@@ -191,7 +191,7 @@ class HfMoeDecoderLayer(GradientCheckpointingLayer):
             branch = self.post_attention_layernorm(branch)
         if pre:
             norm = self.pre_feedforward_layernorm if post else self.post_attention_layernorm
-            hidden_states, branch = norm.after_adding(hidden_states, branch)
+            hidden_states, branch = add_and_norm(norm, hidden_states, branch)
         else:
             hidden_states = branch = hidden_states + branch
         branch = self.mlp(branch)

@@ -17,7 +17,7 @@ class Recorder:
     def __init__(self):
         self.captures = self.replays = 0
 
-    def __call__(self, call):
+    def __call__(self, call, device):
         self.captures += 1
         logits = torch.empty(0)
 
@@ -46,7 +46,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(generation_hf_moe, "capture_cuda_graph", recorder)
 
     def use(model):
-        monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *_: True)
+        monkeypatch.setattr(generation_hf_moe, "REPLAYING_DEVICES", ("cpu",))
         return recorder
 
     return use
@@ -104,7 +104,7 @@ def test_a_streamer_hears_every_token_once(recorder):
         choices = options(ids, eos_token_id=end, pad_token_id=0)
         model.generate(ids, streamer=expected, **choices)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "_valid_auto_compile_criteria", lambda *_: True)
+            patch.setattr(generation_hf_moe, "REPLAYING_DEVICES", ("cpu",))
             patch.setattr(generation_hf_moe, "capture_cuda_graph", Recorder())
             model.generate(ids, streamer=heard, cache_implementation="static", **choices)
         assert heard.tokens == expected.tokens
