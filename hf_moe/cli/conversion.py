@@ -148,14 +148,22 @@ CacheRatio = Annotated[
     float | None, typer.Option(help="Share of the source's cache, such as 0.5.", rich_help_panel=ATTENTION)
 ]
 KvRank = Annotated[int | None, typer.Option(help="Latent numbers of every layer.", rich_help_panel=ATTENTION)]
-RopeDim = Annotated[int | None, typer.Option(help="Rotary numbers of every layer.", rich_help_panel=ATTENTION)]
+RopeDim = Annotated[
+    int | None,
+    typer.Option(
+        help="Rotary numbers of every layer's key; of one head's where keys have norms.", rich_help_panel=ATTENTION
+    ),
+]
+    int | None,
+    typer.Option(
+        help="Rotary numbers of every layer's key; of one head's where keys have norms.", rich_help_panel=ATTENTION
+    ),
+]
 MaxKl = Annotated[
     float | None,
     typer.Option(help="Smallest cache within this KL on calibration text, nats.", rich_help_panel=ATTENTION),
 ]
-Uniform = Annotated[
-    bool, typer.Option("--uniform", help="The same sizes in every layer, for export.", rich_help_panel=ATTENTION)
-]
+Uniform = Annotated[bool, typer.Option("--uniform", help="The same sizes in every layer.", rich_help_panel=ATTENTION)]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -239,7 +247,8 @@ def upcycle(
 ) -> None:
     """Convert a dense model into a mixture of experts with latent attention.
 
-    Memory is that of one layer. Interrupted, the same command goes on where it stopped.
+    Memory is that of one layer, and of the calibration text's states where text is read. Interrupted, the same command
+    goes on where it stopped.
 
     [bold]Example:[/bold] hf-moe upcycle HuggingFaceTB/SmolLM2-135M-Instruct moe --mode copy --experts 4 --top-k 2
     """

@@ -237,6 +237,8 @@ def heal(
         raise ValueError(f"the model's vocabulary of {sizes[0]} is not the source's of {sizes[1]}")
     if not len(rows):
         raise ValueError(f"the text is shorter than length={options.length} tokens")
+    # A step reads a whole batch, of a short text some rows twice.
+    rows = rows.repeat(-(-options.batch // len(rows)), 1) if len(rows) < options.batch else rows
     on_gpu, steps = torch.cuda.is_available(), options.steps
     trained = padded(model) if can_be_padded(model.config) else model
     frozen = {name: parameter.requires_grad for name, parameter in trained.named_parameters()}
@@ -254,7 +256,7 @@ def heal(
         bf16=on_gpu,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
-        dataloader_drop_last=len(rows) >= options.batch,
+        dataloader_drop_last=True,
         remove_unused_columns=False,
         save_steps=options.save_steps,
         save_total_limit=1,
@@ -264,6 +266,8 @@ def heal(
         disable_tqdm=True,
         seed=options.seed,
     )
+    # Trainer would split a batch over all GPUs, away from the hooks that read the states.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = HealingTrainer(
         trained,
         arguments,
@@ -282,7 +286,8 @@ def heal(
     if trained is not model:
         copy_back(trained, model)
     per_step = options.batch * options.length
-    return [[entry["step"] * per_step, entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry and entry["step"] <= steps]
+    return [[entry["step"] * per_step, entry["loss"]] for entry in logged]
 
 
 @contextmanager

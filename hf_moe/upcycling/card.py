@@ -106,8 +106,8 @@ tags:
 
 # {title}
 
-{source}, written as a `{kind}` model by `hf_moe`: the same numbers under other names. `provenance.json` names, for
-every tensor, the source tensors it was made of and the SHA-256 of both.
+{source}, written as a `{kind}` model by `hf_moe`. `provenance.json` names, for every tensor, the rule and the source
+tensors it was made of and the SHA-256 of both.
 
 ## Licence
 

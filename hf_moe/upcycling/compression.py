@@ -104,8 +104,9 @@ def survey(
     source.dense.run(text.ids, visit, advance)
     scaled = []
     for probe, reference, layer in zip(probes, references, found, strict=True):
-        kl = agreement(source, final[0], probe)["kl"]
-        scale = kl / reference.damage if reference.damage > 0 else 0.0
+        # In float32 a layer that loses nothing may measure nothing, or less.
+        kl = max(agreement(source, final[0], probe)["kl"], 1e-9)
+        scale = kl / reference.damage if reference.damage > 0 else 1.0
         scaled.append([replace(candidate, damage=candidate.damage * scale) for candidate in layer])
     return Survey(scaled, folder)
 

@@ -65,10 +65,14 @@ def heal(
     partial = partial_folder(target)
     settings: dict[str, Any] = {"source": opened.title, "model": str(folder.absolute()), "text": [str(t) for t in text]}
     settings |= {"heldout": str(heldout) if heldout else None, **options.to_dict()}
-    _begin(partial, settings, resume)
-
     with quiet_loading():
         model, teacher = load_target(folder), load_source(opened)
+    words = [each.get_output_embeddings().weight.shape[0] for each in (model, teacher)]
+    if words[0] != words[1]:
+        raise ValueError(f"the model's vocabulary of {words[0]} is not the source's of {words[1]}")
+    if (largest := max(int(rows.max()), int(measured.max()))) >= words[0]:
+        raise ValueError(f"the text has token {largest}, the model's vocabulary {words[0]}")
+    _begin(partial, settings, resume)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, teacher = model.to(device), teacher.to(device)
     before = measure_agreement(model, teacher, measured).to_dict()
@@ -86,6 +90,9 @@ def heal(
     model.to(dtype).float()
     after = measure_agreement(model.eval(), teacher, measured).to_dict()
     settings["tokens"] = options.steps * options.batch * options.length
+    # The record is pushed with the model: names, and not where they lie here.
+    settings |= {"model": folder.name, "text": [Path(t).name for t in text]}
+    settings["heldout"] = Path(heldout).name if heldout else None
     record = {"settings": settings, "before": before, "after": after, "curve": curve}
     _write(model.to(dtype), folder, partial / "model", record)
     os.rename(partial / "model", target)
@@ -102,9 +109,9 @@ def _begin(partial: Path, settings: dict[str, Any], resume: bool) -> None:
                 f"the interrupted run in {partial} had another {', '.join(changed)}; remove it to begin anew"
             )
         return
-    if partial.exists():
+    if partial.exists() and any(partial.iterdir()):
         raise ValueError(f"{partial} is in the way: resume the interrupted run, or remove it to begin anew")
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)
     path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 

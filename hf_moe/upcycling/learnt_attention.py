@@ -5,6 +5,7 @@ they cost. Both are there or neither; what they say is all that the plan and `ve
 """
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def learn_attention(
     Cost: about five forward passes over the text in fp32, on a GPU where there is one; memory of one layer, and of its
         activations for the whole text.
     """
+    # Of a run that was killed.
+    for left in folder.glob(f"{_MOMENTS}*"):
+        shutil.rmtree(left)
     if (folder / LEDGER_NAME).is_file() and (folder / ATTENTION_NAME).is_file():
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,9 +57,9 @@ def learn_attention(
         return SourceAttention(DenseLayers(source, device), family, fields, limits, multiplier)
 
     pairs = options.rope_dim // 2 if options.rope_dim is not None and limits.keys else None
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".moments") as moments:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_MOMENTS) as moments:
         with step_bar("measuring the attention", limits.layers, progress) as advance:
-            numbers = _share(options, limits) * limits.numbers
+            numbers = min(_share(options, limits), _PROBED) * limits.numbers
             found = survey(opened(), text, numbers, options.seed, Path(moments), advance, pairs=pairs)
 
         def made(sizes: list[Candidate]) -> Built:
@@ -74,6 +78,12 @@ def learn_attention(
     }
     write_ledger(folder / f".{LEDGER_NAME}", built.layers, built.model, about)
     os.replace(folder / f".{LEDGER_NAME}", folder / LEDGER_NAME)
+
+
+# Folder of the layers' moments while they are needed.
+_MOMENTS = ".moments"
+# Share of the cache above which a layer alone loses nothing that could be measured.
+_PROBED = 0.75
 
 
 def _share(options: Options, limits: Limits) -> float:

@@ -48,7 +48,7 @@ class Options:
         drop_ratio: share of the neurons that `drop` draws anew. noise_std: strength of `noise`.
         attention: a key of `ATTENTIONS`. "compress" needs one of `cache_ratio`, share of the source's cache;
             `kv_rank` with `rope_dim`, latent and rotary numbers of every layer; `max_kl`, nats a token on text.
-        uniform: whether `cache_ratio` and `max_kl` give every layer the same sizes, as other engines want them.
+        uniform: whether `cache_ratio` and `max_kl` give every layer the same sizes.
         router: a key of `ROUTERS`, with `router_std`; "activity" by default in mode
             `cluster`, "random" elsewhere.
         calibration: text files that mode `cluster` and some routers learn from, by default the second half of Python's

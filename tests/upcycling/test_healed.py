@@ -60,11 +60,15 @@ def test_interrupted_run(folders):
     source, folder, tmp_path = folders
     choices = {"length": 32, "batch": 4, "tokens": 1024, "save_steps": 2, "progress": False}
     (tmp_path / ".healed.partial").mkdir()
+    (tmp_path / ".healed.partial" / "checkpoints").mkdir()
     with pytest.raises(ValueError, match=r"\.healed\.partial is in the way: resume the interrupted run, or remove it"):
         heal(source, folder, tmp_path / "healed", [tmp_path / "text.txt"], **choices)
+    (tmp_path / ".healed.partial" / "checkpoints").rmdir()
     (tmp_path / ".healed.partial").rmdir()
     heal(source, folder, tmp_path / "first", [tmp_path / "text.txt"], resume=True, **choices)
-    settings = json.loads((tmp_path / "first" / "healing.json").read_text())["settings"] | {"tokens": 1024}
+    settings = json.loads((tmp_path / "first" / "healing.json").read_text())["settings"]
+    assert (settings["model"], settings["text"]) == (folder.name, ["text.txt"])
+    settings |= {"tokens": 1024, "model": str(folder.absolute()), "text": [str(tmp_path / "text.txt")]}
     (tmp_path / ".healed.partial").mkdir()
     (tmp_path / ".healed.partial" / "settings.json").write_text(json.dumps(settings | {"seed": 3}))
     with pytest.raises(ValueError, match=r"the interrupted run in .* had another seed"):
