@@ -154,11 +154,6 @@ RopeDim = Annotated[
         help="Rotary numbers of every layer's key; of one head's where keys have norms.", rich_help_panel=ATTENTION
     ),
 ]
-    int | None,
-    typer.Option(
-        help="Rotary numbers of every layer's key; of one head's where keys have norms.", rich_help_panel=ATTENTION
-    ),
-]
 MaxKl = Annotated[
     float | None,
     typer.Option(help="Smallest cache within this KL on calibration text, nats.", rich_help_panel=ATTENTION),
