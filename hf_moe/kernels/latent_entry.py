@@ -59,12 +59,12 @@ def _enter_kernel(
             weight = tl.load(weight_ptr + c, mask=c < C, other=0.0)
             latent = (weight.to(tl.float32) * normed.to(tl.float32)).to(latent.dtype)
         # A full cache takes no more: the next slot would be another sequence's.
-        room = slot < L
-        tl.store(latent_ptr + b * latent_b + slot * latent_l + c, latent, mask=room & (c < C))
+        width, groups = tl.where(slot < L, C, 0), tl.where(slot < L, G, 0)
+        tl.store(latent_ptr + b * latent_b + slot * latent_l + c, latent, mask=c < width)
         g = tl.arange(0, BLOCK_G)
         k_rot = k_rot_ptr + b * k_rot_b + slot * k_rot_l + g[:, None] * P
-        keep = room & (g[:, None] < G) & (i < P // 2)
-        _rotate(row + C + g[:, None] * P, k_rot, i, keep, cos, sin, P, INTERLEAVE)
+        turned = (g[:, None] < groups) & (i < P // 2)
+        _rotate(row + C + g[:, None] * P, k_rot, i, turned, cos, sin, P, INTERLEAVE)
 
 
 def latent_entry(

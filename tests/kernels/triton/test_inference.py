@@ -71,6 +71,13 @@ def test_latent_entry(shape, interleave, dtype):
 
     slot, poison = 4, torch.nan
     cache = (draw(B, 1, S + 9, C, dtype=dtype).fill_(poison), draw(B, 1, S + 9, G * P, dtype=dtype).fill_(poison))
+    # A full cache takes no more, and its neighbour none of it.
+    full = [t[:, :, : slot + S - 1].clone() for t in cache]
+    at = torch.tensor(slot, device=DEVICE)
+    latent_entry(query, latent_key, cos, sin, norm_C=norm, cache=(*full, at), **options)
+    for whole, new in zip(full, found[1:], strict=True):
+        assert torch.equal(whole[:, :, slot:], new[:, :, : S - 1])
+        assert whole[:, :, :slot].isnan().all()
     at = torch.tensor(slot, device=DEVICE)
     entered = latent_entry(query, latent_key, cos, sin, norm_C=norm, cache=(*cache, at), **options)
     assert int(at) == slot + S
