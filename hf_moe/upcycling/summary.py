@@ -12,7 +12,7 @@ from .sources import Source
 # Interpreter, torch and buffers, before the first weight.
 BASE_MEMORY = 512 * 1024 * 1024
 # Rate of reading, hashing and writing that the time estimate assumes, bytes a second.
-RATE = 250_000_000
+RATE = 400_000_000
 
 
 def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
