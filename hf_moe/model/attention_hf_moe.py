@@ -52,9 +52,10 @@ def add_and_norm(
     norm: nn.Module, hidden_states: torch.Tensor, branch: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the two, and its norm."""
-    own = is_untouched(norm, HfMoeRMSNorm) and hidden_states.dtype == branch.dtype == norm.weight.dtype
-    if own and (kernel := fused("add_rms_norm", hidden_states, branch, norm.weight)):
-        return kernel(hidden_states, branch, norm.weight, norm.variance_epsilon)
+    if isinstance(norm, HfMoeRMSNorm) and is_untouched(norm, HfMoeRMSNorm):
+        same = hidden_states.dtype == branch.dtype == norm.weight.dtype
+        if same and (kernel := fused("add_rms_norm", hidden_states, branch, norm.weight)):
+            return kernel(hidden_states, branch, norm.weight, norm.variance_epsilon)
     total = hidden_states + branch
     return total, norm(total)
 
