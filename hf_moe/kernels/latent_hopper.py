@@ -43,18 +43,18 @@ def _copy(
     q_latent, q_rot, latent, k_rot = descriptors
     q_left, q_right, q_rotary, left, right, rotary, _, _ = buffers
     asked, full, empty, _, _ = barriers
-    b, g, row, _, begin, tiles, _, _ = place
+    b, g, row, _, low, first, last, _, _ = place
     HALF: gl.constexpr = WIDE // 2
     PARTS: gl.constexpr = q_rotary.shape[1] + WIDE
     mbarrier.expect(asked.index(0), 2 * BLOCK * PARTS)
     _fetch(q_rot, [row, 0], asked.index(0), q_rotary)
     _fetch(q_latent, [row, 0], asked.index(0), q_left)
     _fetch(q_latent, [row, HALF], asked.index(0), q_right)
-    for tile in range(tiles):
-        stage = tile % STAGES
-        mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
+    for tile in range(first, last):
+        stage = (tile - first) % STAGES
+        mbarrier.wait(empty.index(stage), (((tile - first) // STAGES) & 1) ^ 1)
         bar = full.index(stage)
-        at = begin + tile * BLOCK
+        at = low + tile * BLOCK
         mbarrier.expect(bar, 2 * BLOCK * PARTS)
         _fetch(k_rot, [b, at, g * P], bar, rotary.index(stage))
         _fetch(latent, [b, at, 0], bar, left.index(stage))
@@ -66,7 +66,7 @@ def _store(
     out_ptr, sums, divisor, column, place,
     C: gl.constexpr, WIDE: gl.constexpr, DIRECT: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    _, _, row, rows, _, _, split, N = place
+    _, _, row, rows, _, _, _, split, N = place
     HALF: gl.constexpr = WIDE // 2
     r = gl.arange(0, BLOCK, gl.SliceLayout(1, LAYOUT))
     c = gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT)) + column
@@ -84,34 +84,34 @@ def _right(
 ):  # fmt: skip
     _, _, _, _, right, _, weights, shrinks = buffers
     _, full, empty, passed, taken = barriers
-    _, _, _, _, _, tiles, _, _ = place
+    _, _, _, _, _, first, last, _, _ = place
     HALF: gl.constexpr = WIDE // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     sums = gl.zeros([BLOCK, HALF], gl.float32, LAYOUT)
-    for tile in range(tiles):
-        stage = tile % STAGES
-        mbarrier.wait(full.index(stage), (tile // STAGES) & 1)
-        mbarrier.wait(passed.index(0), tile & 1)
+    for tile in range(first, last):
+        stage = (tile - first) % STAGES
+        mbarrier.wait(full.index(stage), ((tile - first) // STAGES) & 1)
+        mbarrier.wait(passed.index(0), (tile - first) & 1)
         sums = sums * shrinks.load(ROWS)[:, None]
         sums = warpgroup_mma(weights, right.index(stage).reshape([BLOCK, HALF]), sums, is_async=True)
         sums = warpgroup_mma_wait(0, deps=[sums])
         _barrier()
         mbarrier.arrive(taken.index(0), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
-    mbarrier.wait(passed.index(0), tiles & 1)
+    mbarrier.wait(passed.index(0), (last - first) & 1)
     _store(out_ptr, sums, shrinks.load(ROWS), HALF, place, C, WIDE, DIRECT, LAYOUT)
 
 
 @gluon.jit
 def _scores_and_left(
-    buffers, barriers, place, out_ptr, log_ptr, mask_ptr, mask_l, end, stop, holes, S, scale, cap, window,
+    buffers, barriers, place, out_ptr, log_ptr, mask_ptr, mask_l, start, end, S, scale, cap, window,
     C: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr, KEPT: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr, CAPPED: gl.constexpr, DIRECT: gl.constexpr,
 ):  # fmt: skip
     q_left, q_right, q_rotary, left, right, rotary, weights, shrinks = buffers
     asked, full, empty, passed, taken = barriers
-    _, _, row, rows, begin, tiles, split, N = place
+    _, _, row, rows, low, first, last, split, N = place
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     HALF: gl.constexpr = WIDE // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -125,13 +125,17 @@ def _scores_and_left(
     top = gl.full([BLOCK], float("-inf"), gl.float32, gl.SliceLayout(1, SCORE))
     total = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(1, SCORE))
     sums = gl.zeros([BLOCK, HALF], gl.float32, LAYOUT)
-    oldest = until - window
-    until = gl.minimum(until, stop)
+    at = low + first * BLOCK + l
+    if KEPT:
+        next_kept = gl.load(mask_ptr + at * mask_l, mask=at < end, other=0)
     mbarrier.wait(asked.index(0), 0)
-    for tile in range(tiles):
-        stage = tile % STAGES
-        at = begin + tile * BLOCK + l
-        mbarrier.wait(full.index(stage), (tile // STAGES) & 1)
+    for tile in range(first, last):
+        stage = (tile - first) % STAGES
+        at = low + tile * BLOCK + l
+        if KEPT:
+            kept = next_kept
+            next_kept = gl.load(mask_ptr + (at + BLOCK) * mask_l, mask=at + BLOCK < end, other=0)
+        mbarrier.wait(full.index(stage), ((tile - first) // STAGES) & 1)
         left_tile = left.index(stage).reshape([BLOCK, HALF])
         right_tile = right.index(stage).reshape([BLOCK, HALF])
         rotary_tile = rotary.index(stage).reshape([BLOCK, q_rotary.shape[1]])
@@ -146,18 +150,17 @@ def _scores_and_left(
             score = score * (scale * LOG2_E)
         seen = at[None, :] < until[:, None]
         if WINDOW:
-            seen = seen & (at[None, :] >= oldest[:, None])
+            seen = seen & (at[None, :] >= (until - window)[:, None])
+        if KEPT:
+            seen = seen & (kept != 0)[None, :]
         score = gl.where(seen, score, float("-inf"))
-        if KEPT and holes:
-            kept = gl.load(mask_ptr + at * mask_l, mask=at < stop, other=0)
-            score = gl.where((kept != 0)[None, :], score, float("-inf"))
         new_top = gl.maximum(top, gl.max(score, 1))
         base = gl.where(new_top == float("-inf"), 0.0, new_top)
         shrink = gl.exp2(top - base)
         weight = gl.exp2(score - base[:, None])
         total = total * shrink + gl.sum(weight, 1)
         top = new_top
-        mbarrier.wait(taken.index(0), (tile & 1) ^ 1)
+        mbarrier.wait(taken.index(0), ((tile - first) & 1) ^ 1)
         weights.store(weight.to(weights.dtype))
         shrinks.store(shrink)
         fence_async_shared()
@@ -170,7 +173,7 @@ def _scores_and_left(
         _barrier()
         mbarrier.arrive(empty.index(stage), count=1)
     divisor = gl.where(total > 0, total, 1.0)
-    mbarrier.wait(taken.index(0), (tiles & 1) ^ 1)
+    mbarrier.wait(taken.index(0), ((last - first) & 1) ^ 1)
     shrinks.store(divisor)
     _barrier()
     mbarrier.arrive(passed.index(0), count=1)
@@ -189,7 +192,7 @@ def _attend_kernel(
     split = gl.program_id(1)
     b = gl.program_id(2) // G
     g = gl.program_id(2) % G
-    block = gl.program_id(0) * BLOCK
+    begin = gl.program_id(0) * BLOCK
     low, high = 0, L
     if start_ptr is not None:
         low = gl.load(start_ptr + b).to(gl.int32)
@@ -198,23 +201,7 @@ def _attend_kernel(
     if WINDOW:
         low = gl.maximum(low, high - S + 1 - window)
     tiles = gl.cdiv(gl.maximum(high - low, 0), BLOCK)
-    stop = gl.minimum(high, low + tiles * (split + 1) // N * BLOCK)
-    begin = low + tiles * split // N * BLOCK
-    mask_ptr += b.to(gl.int64) * mask_b
-    holes = False
-    if KEPT:
-        # Padding is not read, and a mask without holes is not looked at again.
-        spread: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])
-        least, most, count = stop, begin, 0
-        for first in range(begin, stop, 2048):
-            at = first + gl.arange(0, 2048, spread)
-            kept = gl.load(mask_ptr + at * mask_l, mask=at < stop, other=0) != 0
-            least = gl.minimum(least, gl.min(gl.where(kept, at, stop), 0))
-            most = gl.maximum(most, gl.max(gl.where(kept, at + 1, begin), 0))
-            count += gl.sum(kept.to(gl.int32), 0)
-        holes = count != most - least
-        begin, stop = least, most
-    place = (b, g, (b * G + g) * R + block, R - block, begin, gl.cdiv(gl.maximum(stop - begin, 0), BLOCK), split, N)
+    place = (b, g, (b * G + g) * R + begin, R - begin, low, tiles * split // N, tiles * (split + 1) // N, split, N)
 
     HALF: gl.constexpr = WIDE // 2
     dtype: gl.constexpr = latent.dtype
@@ -241,11 +228,12 @@ def _attend_kernel(
     descriptors = (q_latent, q_rot, latent, k_rot)
     buffers = (q_left, q_right, q_rotary, left, right, rotary, weights, shrinks)
     barriers = (asked, full, empty, passed, taken)
+    mask_ptr += b.to(gl.int64) * mask_b
     # The arguments stand here because a tuple with a name would turn constants into tensors.
     gl.warp_specialize(
         [
             (_scores_and_left, (
-                buffers, barriers, place, out_ptr, log_ptr, mask_ptr, mask_l, high, stop, holes, S, scale, cap, window,
+                buffers, barriers, place, out_ptr, log_ptr, mask_ptr, mask_l, low, high, S, scale, cap, window,
                 C, WIDE, STAGES, KEPT, CAUSAL, WINDOW, CAPPED, DIRECT,
             )),
             (_right, (descriptors, buffers, barriers, place, out_ptr, C, P, WIDE, STAGES, DIRECT)),
