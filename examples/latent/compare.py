@@ -121,7 +121,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set(xlabel="cache, % of the source's", ylabel=name, yscale="log")
         panel.grid(alpha=0.3)
     panels[1].legend(fontsize=8)
-    figure.suptitle("SmolLM2-135M with a smaller cache, before training", fontsize=11)
+    figure.suptitle("SmolLM2-135M with a smaller cache", fontsize=11)
     figure.savefig(path, dpi=110)
 
 
