@@ -8,15 +8,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chain import chains, follow, prefetch
 from .tuning import cdiv, power_of_2
 
 
 @triton.jit
 def _logits_kernel(
-    x_ptr, weight_ptr, logit_ptr, D, E, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr, weight_ptr, logit_ptr, D, E, CHAINED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     t = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    if CHAINED:
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        for first in range(0, D, BLOCK_D):
+            d = first + tl.arange(0, BLOCK_D // LINE) * LINE
+            prefetch(weight_ptr + e[:, None] * D + d, (e[:, None] < E) & (d < D), weight_ptr)
+    follow(CHAINED)
     total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
@@ -30,12 +37,13 @@ def _logits_kernel(
 def _choose_kernel(
     logit_ptr, bias_ptr, index_ptr, weight_ptr, factor,
     E: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    SIGMOID: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALISE: tl.constexpr,
+    SIGMOID: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALISE: tl.constexpr, CHAINED: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     none = float("-inf")
+    follow(CHAINED)
     logit = tl.load(logit_ptr + t * E + e, mask=e < E, other=none)
     if SIGMOID:
         score = tl.sigmoid(logit)
@@ -111,10 +119,11 @@ def expert_choice(
     weight = torch.empty((T, top_k), dtype=torch.float32, device=x_TD.device)
     if T == 0:
         return logits, weight, index
-    _logits_kernel[(cdiv(E, 2), T)](x_TD, weight_ED, logits, D, E, 2, min(power_of_2(D), 1024))
+    chained, wide = chains(x_TD.device), min(max(power_of_2(D), 64), 2048)
+    _logits_kernel[(cdiv(E, 2), T)](x_TD, weight_ED, logits, D, E, chained, 2, wide, launch_pdl=chained)
     _choose_kernel[(T,)](
         logits, logits if bias_E is None else bias_E, index, weight, factor,
         E, top_k, groups, top_groups, sigmoid, bias_E is not None, normalise,
-        power_of_2(E), power_of_2(top_k), power_of_2(groups), num_warps=1,
+        chained, power_of_2(E), power_of_2(top_k), power_of_2(groups), num_warps=1, launch_pdl=chained,
     )  # fmt: skip
     return logits, weight, index

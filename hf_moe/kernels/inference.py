@@ -65,17 +65,23 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
 
 
 def gated_mlp(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, act_fn: Any
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, act_fn: Any, added: torch.Tensor | None
 ) -> torch.Tensor | None:
     """See `small_batch.gated_mlp`; None for too many tokens, or an activation that it does not know."""
     act = known_activation(act_fn)
     rows = x.reshape(-1, x.shape[-1])
     few = 0 < rows.shape[0] <= tuning.SINGLE_ROWS
-    if act is None or act[1] != 1.0 or not few or any(w.dtype != x.dtype for w in (gate, up, down)):
+    if (
+        act is None
+        or act[1] != 1.0
+        or not few
+        or any(t.dtype != x.dtype for t in (gate, up, down, x if added is None else added))
+    ):
         return None
     from .small_batch import gated_mlp
 
-    return gated_mlp(rows, gate, up, down, act[0]).view(x.shape)
+    added = None if added is None else added.reshape(rows.shape).contiguous()
+    return gated_mlp(rows, gate, up, down, act[0], added).view(x.shape)
 
 
 def latent_attention(

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import latent_hopper
+from .chain import chains, follow
 from .descriptors import dense_rows, dot_precision, has_copy_engine, processors
 from .latent_join import join, values
 from .tuning import cdiv, power_of_2
@@ -27,8 +28,9 @@ def _attend_kernel(
     G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, LATENT_L: tl.constexpr, ROT_L: tl.constexpr, HALF: tl.constexpr,
     MASK: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     DIRECT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, SCAN: tl.constexpr,
+    BLOCK_P: tl.constexpr, SCAN: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    follow(CHAINED)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
     b = (tl.program_id(2) // G).to(tl.int64)
@@ -208,13 +210,14 @@ def _latent_decode(
         kind = "boolean" if mask.dtype == torch.bool else "additive"
         strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
         by_row = mask.shape[1] > 1 or mask.shape[2] > 1
+    chained = chains(device)
     _attend_kernel[(row_blocks, N, sequences * G)](
         q_latent, q_rot_rows, latent, latent if half else k_rot, slots, mask, start, end, query_start, part, log,
         _apart(latent, slots), _apart(k_rot, slots), jump, latent_hopper.stride_of(end), *strides,
         S, longest_key, H // G, S, q_rot_rows.stride(0), N, scaling, softcap, window,
         G, C, P, latent.stride(-2), k_rot.stride(-2), half, kind, by_row, causal, window > 0, softcap > 0, direct,
         dot_precision(dtype), tile.rows, tile.tokens, block_c, block_p, tile.tokens if by_row else 1024,
-        num_warps=tile.warps, num_stages=tile.stages,
+        chained, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=chained,
     )  # fmt: skip
     return _finish(part, log, sinks, value, out)
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chain import chains, follow
 from .tuning import cdiv, power_of_2
 
 
@@ -27,11 +28,13 @@ def _enter_kernel(
     cos_b, cos_s, latent_b, latent_l, k_rot_b, k_rot_l, S, L, eps,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_SLOT: tl.constexpr, ADVANCE: tl.constexpr, INTERLEAVE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
+    CHAINED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     b, s = t // S, t % S
     i = tl.arange(0, HALF)
+    follow(CHAINED)
     cos = tl.load(cos_ptr + b * cos_b + s * cos_s + i, mask=i < P // 2, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + b * cos_b + s * cos_s + i, mask=i < P // 2, other=0.0).to(tl.float32)
     if tl.program_id(1) < tl.num_programs(1) - 1:
@@ -112,6 +115,7 @@ def latent_entry(
         return rotated, latent, k_rot
     # Only one program reads the slot of a single token, so it may write it too.
     alone = B * S == 1
+    chained = chains(query_BSX.device)
     block_n = power_of_2(max(nope, 1))
     block_h = max(1, min(power_of_2(heads), 4096 // max(block_n, power_of_2(P))))
     _enter_kernel[(B * S, cdiv(heads, block_h) + 1)](
@@ -120,7 +124,7 @@ def latent_entry(
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         latent.stride(0), latent.stride(2), k_rot.stride(0), k_rot.stride(2), S, latent.shape[2], eps,
         heads, G, C, P, nope, norm_C is not None, slot is not None, alone, interleave,
-        block_h, power_of_2(G), power_of_2(C), block_n, power_of_2(P // 2),
+        chained, block_h, power_of_2(G), power_of_2(C), block_n, power_of_2(P // 2), launch_pdl=chained,
     )  # fmt: skip
     if slot is not None and not alone:
         slot.add_(S)

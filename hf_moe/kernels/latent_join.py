@@ -8,20 +8,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .descriptors import has_copy_engine, processors
+from .chain import chains, follow, prefetch
+from .descriptors import processors
 from .tuning import cdiv, power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Of one row's parts, in the registers of 16 warps.
+_NUMBERS_AT_ONCE = 32768
 
 
 @triton.jit
 def _join_kernel(
     part_ptr, log_ptr, sink_ptr, out_ptr, H, S, N,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        # Launched while the first pass is ending, this waits for its last store.
-        tl.extra.cuda.gdc_wait()
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
@@ -44,15 +45,20 @@ def _join_kernel(
 def _join_values_kernel(
     part_ptr, log_ptr, sink_ptr, weight_ptr, out_ptr, weight_h, weight_v, H, S, N,
     C: tl.constexpr, V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    EARLY: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     token = tl.program_id(2).to(tl.int64)
     row = (token // S * H + h) * S + token % S
     n = tl.arange(0, BLOCK_N)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
+    if CHAINED:
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        for begin in tl.static_range(0, C, BLOCK_C):
+            c = begin + tl.arange(0, BLOCK_C // LINE) * LINE
+            lines = weight_ptr + h * weight_h + v[:, None] * weight_v + c
+            prefetch(lines, (v[:, None] < V) & (c < C), weight_ptr)
+    follow(CHAINED)
     log = tl.load(log_ptr + row * N + n, mask=n < N, other=float("-inf"))
     top = tl.max(log, 0)
     if sink_ptr is not None:
@@ -88,22 +94,25 @@ def join(
     """
     (T, N, C), (B, H, S, _) = part_TNC.shape, out_BHSC.shape
     device = out_BHSC.device
-    early = has_copy_engine(device) and device.type == "cuda"
-    options = {"launch_pdl": True} if early else {}
+    chained = chains(device)
     if value_HVC is not None and B * S <= 4:
         V = value_HVC.shape[1]
         out = out_BHSC.new_empty((B, S, H, V))
-        n, block_c, block_v = power_of_2(N), min(max(power_of_2(C), 16), 128), min(power_of_2(V), 32)
+        # All parts of a row at once where they fit: what takes time are waits, not bytes.
+        n, block_v = power_of_2(N), min(power_of_2(V), 32)
+        block_c = min(max(power_of_2(C), 64), max(_NUMBERS_AT_ONCE // n, 64))
         _join_values_kernel[(H, cdiv(V, block_v), B * S)](
             part_TNC, log_TN, sinks_H, value_HVC, out, value_HVC.stride(0), value_HVC.stride(1), H, S, N,
-            C, V, block_c, n, block_v, early, num_warps=8, **options,
+            C, V, block_c, n, block_v, chained, num_warps=16, launch_pdl=chained,
         )  # fmt: skip
         return out
     # 16 Ki numbers a program at most, and few enough that two programs find work on each multiprocessor.
     n, block = power_of_2(N), max(power_of_2(C), 32)
     while block > 32 and (block * n > 16384 or T * cdiv(C, block) < 2 * processors(device)):
         block //= 2
-    _join_kernel[(T, cdiv(C, block))](part_TNC, log_TN, sinks_H, out_BHSC, H, S, N, C, block, n, early, **options)
+    _join_kernel[(T, cdiv(C, block))](
+        part_TNC, log_TN, sinks_H, out_BHSC, H, S, N, C, block, n, chained, launch_pdl=chained
+    )
     return out_BHSC if value_HVC is None else values(out_BHSC, value_HVC)
 
 

@@ -8,15 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chain import chains, follow
 from .tuning import power_of_2
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, branch_ptr, weight_ptr, sum_ptr, out_ptr, D, eps, HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, branch_ptr, weight_ptr, sum_ptr, out_ptr, D, eps,
+    HAS_BRANCH: tl.constexpr, CHAINED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * D
     d = tl.arange(0, BLOCK)
+    follow(CHAINED)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0)
     x = tl.load(x_ptr + row + d, mask=d < D, other=0.0)
     if HAS_BRANCH:
         branch = tl.load(branch_ptr + row + d, mask=d < D, other=0.0)
@@ -24,7 +28,6 @@ def _rms_norm_kernel(
         tl.store(sum_ptr + row + d, x, mask=d < D)
     wide = x.to(tl.float32)
     normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)).to(x.dtype)
-    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0)
     tl.store(out_ptr + row + d, (weight.to(tl.float32) * normed.to(tl.float32)).to(x.dtype), mask=d < D)
 
 
@@ -33,10 +36,11 @@ def _launch(x: Tensor, branch: Tensor, weight: Tensor, total: Tensor, out: Tenso
     block = power_of_2(D)
     grid = (x.numel() // D,)
     if grid[0]:
-        has_branch = branch is not x
+        has_branch, chained = branch is not x, chains(x.device)
         _rms_norm_kernel[grid](
-            x, branch, weight, total, out, D, eps, has_branch, block, num_warps=max(4, min(block // 512, 16))
-        )
+            x, branch, weight, total, out, D, eps, has_branch, chained, block,
+            num_warps=max(4, min(block // 512, 16)), launch_pdl=chained,
+        )  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -6,12 +6,11 @@ Letters: R rows of output, C choices summed in each, N = R·C, E experts, I inpu
 gate or O.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
+from .chain import chains, follow, prefetch
 from .gating import Gating, act_and_slope, gate_forward
 from .tuning import Tile, cdiv, power_of_2
 
@@ -54,18 +53,18 @@ def _stream(lines, k, I, real):
 
 @triton.jit
 def _single_rows_kernel(
-    x_ptr, w_ptr, bias_ptr, weight_ptr, y_ptr, index_ptr,
+    x_ptr, w_ptr, bias_ptr, weight_ptr, added_ptr, y_ptr, index_ptr,
     E, I, O, C, PER_TOKEN, gap, x_stride, w_stride_e, w_stride_o, alpha, limit, up_offset,
     ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
-    STARTS_NEXT: tl.constexpr, WAITS: tl.constexpr,
+    HAS_ADDED: tl.constexpr, CHAINED: tl.constexpr, EARLY: tl.constexpr,
     AHEAD: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     FAN: tl.constexpr = 2 if GATED else 1
     BN: tl.constexpr = FAN * BLOCK
     block, row = tl.program_id(0), tl.program_id(1)
-    if STARTS_NEXT:
-        tl.extra.cuda.gdc_launch_dependents()
+    if not EARLY:
+        follow(CHAINED)
     line = tl.arange(0, CHOICES * BN)
     offset, number, exists = weight_rows(line % BN, block, O, gap, w_stride_o, GATED, INTERLEAVED, BLOCK)
     h = tl.zeros((BN,), tl.float32)
@@ -82,11 +81,15 @@ def _single_rows_kernel(
         x_lines = x_ptr + ((n // PER_TOKEN).to(tl.int64) * x_stride)[:, None]
         # Eight partial sums a line and thread at a time: no shuffles before the end.
         part = tl.zeros((CHOICES * BN, BK // 8), tl.float32)
+        if EARLY:
+            # The weights are on their way from memory while the launch before this one ends.
+            LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
+            for start in range(0, I, BK):
+                k = start + tl.arange(0, BK // LINE) * LINE
+                prefetch(w_lines + k[None, :], real[:, None] & (k < I)[None, :], w_ptr)
+            follow(CHAINED)
         if AHEAD:
             w = _stream(w_lines, tl.arange(0, BK), I, real)
-        if WAITS:
-            # Weights read ahead are on their way while the launch before this one, which makes x, ends.
-            tl.extra.cuda.gdc_wait()
         for start in range(0, I, BK):
             k = start + tl.arange(0, BK)
             if AHEAD:
@@ -105,13 +108,9 @@ def _single_rows_kernel(
         h += tl.sum(total.reshape(CHOICES, BN), 0)
     y = gated(h[None, :], alpha, limit, up_offset, ACT, CLIP, GATED, INTERLEAVED, 1, BLOCK)
     out = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if HAS_ADDED:
+        y += tl.load(added_ptr + row.to(tl.int64) * O + out, mask=out < O, other=0.0).to(tl.float32)
     tl.store(y_ptr + row.to(tl.int64) * O + out, y.to(y_ptr.dtype.element_ty), mask=out < O)
-
-
-@functools.cache
-def chains(device: torch.device) -> bool:
-    """Whether a launch may begin before the one whose result it waits for has ended: Hopper and later."""
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
 
 
 def gate_arguments(gating: Gating | None) -> tuple:
@@ -134,12 +133,12 @@ def single_rows(
     bias_EH: torch.Tensor | None = None,
     weight_TK: torch.Tensor | None = None,
     per_token: int = 1,
-    after_product: bool = False,
-    before_product: bool = False,
+    added_RO: torch.Tensor | None = None,
+    index_is_new: bool = False,
 ) -> torch.Tensor:
     """Products of single rows, each with its own matrix, gated or weighted and summed.
 
-        y[r] = gate(Σ_c weight[n] · (W[e] @ x[n // per_token] + bias[e]))      n = r·C + c,  e = index[n]
+        y[r] = gate(Σ_c weight[n] · (W[e] @ x[n // per_token] + bias[e])) + added[r]      n = r·C + c,  e = index[n]
 
     Args:
         x: fp32, bf16 or fp16, contiguous in its last dimension.
@@ -148,8 +147,9 @@ def single_rows(
         tile: n rows of the weights a program, k of I at a time, the next k ahead of their use with two stages.
         columns, gap: O, and how many elements after a gate's row its up row lies (ignored if interleaved).
         weight_TK: sums the K rows of each token by these weights, any float dtype; None sums nothing, C = 1.
-        after_product, before_product: whether the launch before, or after, is another product of this module, whose
-            result is x, or which waits for y. They then overlap: this one's first weights are read before x is there.
+        added_RO: contiguous.
+        index_is_new: the launch before this one may have written the index. Otherwise the weights are asked for while
+            that launch ends.
     Returns:
         y_RO in x's dtype, accumulated in fp32.
     Cost: reads the weights of every n once; one launch, deterministic.
@@ -158,16 +158,17 @@ def single_rows(
     N = x.shape[0] if index is None else index.numel()
     C = 1 if weight_TK is None else weight_TK.shape[1]
     y_RO = x.new_empty((N // C, columns))
-    waits = after_product and chains(x.device)
+    chained = chains(x.device)
     choices = min(power_of_2(C), 8)
     fan = 1 if gating is None else gating.fan
     block = max(tile.n // (choices * fan), 1)
     _single_rows_kernel[(cdiv(columns, block), N // C)](
-        x, weight_EHI, bias_EH, weight_TK, y_RO, index,
+        x, weight_EHI, bias_EH, weight_TK, added_RO, y_RO, index,
         E, n_in, columns, C, per_token, gap, x.stride(0), weight_EHI.stride(0), weight_EHI.stride(1),
         *gate_arguments(gating),
-        index is not None, bias_EH is not None, weight_TK is not None, before_product and chains(x.device), waits,
+        index is not None, bias_EH is not None, weight_TK is not None,
+        added_RO is not None, chained, chained and not index_is_new,
         tile.stages > 1, choices, block, tile.k,
-        num_warps=tile.warps, launch_pdl=waits,
+        num_warps=tile.warps, launch_pdl=chained,
     )  # fmt: skip
     return y_RO

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from . import tuning
+from .chain import chains, follow
 from .descriptors import dense_rows, dot_precision
 from .gating import Gating
-from .single_rows import chains, gate_arguments, gated, single_rows, weight_rows
+from .single_rows import gate_arguments, gated, single_rows, weight_rows
 from .tuning import Tile, cdiv, power_of_2
 
 
@@ -25,15 +26,15 @@ def _expert_rows_kernel(
     T, K, E, I, O, gap, x_stride, w_stride_e, w_stride_o, w_stride_i, alpha, limit, up_offset,
     ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr, PER_TOKEN: tl.constexpr, BY_EXPERT: tl.constexpr,
-    STARTS_NEXT: tl.constexpr, WAITS: tl.constexpr,
+    CHAINED: tl.constexpr, INDEX_IS_NEW: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     FAN: tl.constexpr = 2 if GATED else 1
     BN: tl.constexpr = FAN * BLOCK
     block, slot = tl.program_id(0), tl.program_id(1)
-    if STARTS_NEXT:
-        tl.extra.cuda.gdc_launch_dependents()
+    if INDEX_IS_NEW:
+        follow(CHAINED)
     t = tl.arange(0, BLOCK_T)
     expert = slot
     n = t[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
@@ -47,13 +48,13 @@ def _expert_rows_kernel(
     count = tl.sum(mine.to(tl.int32), 0)
     if not BY_EXPERT:
         count = tl.where((expert < 0) | (expert >= E) | (tl.min(route, 0) < slot), 0, count)
+    if not INDEX_IS_NEW:
+        follow(CHAINED)
     if count == 0:
         return
     rank = tl.where(mine, tl.cumsum(mine.to(tl.int32), 0) - 1, -1)
     offset, number, exists = weight_rows(tl.arange(0, BN), block, O, gap, w_stride_o, GATED, INTERLEAVED, BLOCK)
     w_rows = w_ptr + expert.to(tl.int64) * w_stride_e + offset
-    if WAITS:
-        tl.extra.cuda.gdc_wait()
     for first in range(0, count, BM):
         r = first + tl.arange(0, BM)
         row = tl.sum(tl.where(rank[None, :] == r[:, None], route[None, :], 0), 1)
@@ -95,8 +96,7 @@ def expert_rows(
     gating: Gating | None = None,
     bias_EH: torch.Tensor | None = None,
     per_token: bool = False,
-    after_product: bool = False,
-    before_product: bool = False,
+    index_is_new: bool = False,
 ) -> torch.Tensor:
     """Multiply each route's row by its expert's matrix, an expert's routes together, and keep the routes' order.
 
@@ -107,7 +107,7 @@ def expert_rows(
         weight_EHI: x's dtype, one side of each matrix contiguous.
         index_TK: contiguous int32 or int64. Routes with an id outside 0 .. E-1 stay unwritten.
         tile: m rows at a time, n rows of the weights a program, k of I at a time.
-        columns, gap, gating, after_product, before_product: as for `single_rows`.
+        columns, gap, gating, index_is_new: as for `single_rows`.
         bias_EH: contiguous.
     Returns:
         y_NO in x's dtype, accumulated in fp32.
@@ -119,28 +119,27 @@ def expert_rows(
     N = T * K
     y_NO = x.new_empty((N, columns))
     by_expert = N >= E
-    waits = after_product and chains(x.device)
+    chained = chains(x.device)
     block = tile.n // (1 if gating is None else gating.fan)
     _expert_rows_kernel[(cdiv(columns, block), E if by_expert else N)](
         x, weight_EHI, bias_EH, y_NO, index_TK,
         T, K, E, n_in, columns, gap, x.stride(0), *weight_EHI.stride(),
         *gate_arguments(gating),
-        bias_EH is not None, per_token, by_expert, before_product and chains(x.device), waits,
+        bias_EH is not None, per_token, by_expert, chained, index_is_new,
         max(power_of_2(T), 16), power_of_2(K), tile.m, block, tile.k,
         n_in % tile.k == 0 and columns % block == 0, dot_precision(x.dtype),
-        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=waits,
+        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=chained,
     )  # fmt: skip
     return y_NO
 
 
 @triton.jit
 def _weigh_kernel(
-    y_ptr, weight_ptr, index_ptr, out_ptr, E, D, K, WAITS: tl.constexpr, BLOCK_D: tl.constexpr
+    y_ptr, weight_ptr, index_ptr, out_ptr, E, D, K, CHAINED: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     token = tl.program_id(1)
-    if WAITS:
-        tl.extra.cuda.gdc_wait()
+    follow(CHAINED)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for k in range(K):
         n = token * K + k
@@ -156,9 +155,9 @@ def weigh(y_ND: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor, n
     """out[t] = Σ_k weight[t, k] · y[t·K + k] over routes that have an expert, in fp32; y from `expert_rows`."""
     (T, K), D = index_TK.shape, y_ND.shape[1]
     out_TD = y_ND.new_empty((T, D))
-    block, waits = min(power_of_2(D), 512), chains(y_ND.device)
+    block, chained = min(power_of_2(D), 512), chains(y_ND.device)
     _weigh_kernel[(cdiv(D, block), T)](
-        y_ND, weight_TK, index_TK, out_TD, n_experts, D, K, waits, block, num_warps=2, launch_pdl=waits
+        y_ND, weight_TK, index_TK, out_TD, n_experts, D, K, chained, block, num_warps=2, launch_pdl=chained
     )
     return out_TD
 
@@ -187,9 +186,9 @@ def experts(
         "gap": F * up_EHD.stride(1),
         "gating": gating,
         "bias_EH": up_bias_EH,
-        "before_product": True,
+        "index_is_new": True,
     }
-    down: dict[str, Any] = {"columns": D, "bias_EH": down_bias_ED, "after_product": True}
+    down: dict[str, Any] = {"columns": D, "bias_EH": down_bias_ED}
     if T <= tuning.SINGLE_ROWS and up_EHD.stride(2) == 1 and down_EDF.stride(2) == 1:
         a = single_rows(x_TD, up_EHD, index_TK, tuning.single_rows_tile(device, dtype, 1), per_token=K, **up)
         return single_rows(
@@ -197,7 +196,7 @@ def experts(
         )
     tile = tuning.small_batch_tile(device, dtype)
     a = expert_rows(x_TD, up_EHD, index_TK, tile, per_token=True, **up)
-    y = expert_rows(a, down_EDF, index_TK, tile, before_product=True, **down)
+    y = expert_rows(a, down_EDF, index_TK, tile, **down)
     return weigh(y, weight_TK, index_TK, E)
 
 
@@ -227,30 +226,36 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("hf_moe::gated_mlp", mutates_args=())
 def _gated_mlp(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, act: str
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, added: torch.Tensor | None, act: str
+) -> torch.Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     # One kernel reads both: up's rows lie this many elements after gate's, wherever the two were allocated.
     gap = (up.data_ptr() - gate.data_ptr()) // gate.element_size()
-    a = _product(x, gate, gap=gap, gating=Gating(act), before_product=True)
-    return _product(a, dense_rows(down), after_product=True)
+    a = _product(x, gate, gap=gap, gating=Gating(act))
+    return _product(a, dense_rows(down), added_RO=added)
 
 
 @_gated_mlp.register_fake
-def _gated_mlp_fake(x, gate, up, down, act):
+def _gated_mlp_fake(x, gate, up, down, added, act):
     return x.new_empty((x.shape[0], down.shape[0]))
 
 
 def gated_mlp(
-    x_TD: torch.Tensor, gate_FD: torch.Tensor, up_FD: torch.Tensor, down_DF: torch.Tensor, act: str = "swish"
+    x_TD: torch.Tensor,
+    gate_FD: torch.Tensor,
+    up_FD: torch.Tensor,
+    down_DF: torch.Tensor,
+    act: str = "swish",
+    added_TD: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """down @ (act(gate @ x) · (up @ x)) for a token or two, no gradients: a shared expert or a dense layer.
+    """down @ (act(gate @ x) · (up @ x)) + added for a token or two, no gradients: a shared expert or a dense layer.
 
     Args:
         x_TD: any number of tokens, but each reads the weights: from three on cuBLAS does better.
         gate_FD, up_FD, down_DF: x's dtype: fp32, bf16 or fp16.
         act: a name that `Gating` knows; "swish" is SiLU.
+        added_TD: contiguous, in x's dtype; the sum is rounded once.
     Returns:
         out_TD in x's dtype, each product accumulated in fp32. Two launches, deterministic, can be captured.
     """
-    return _gated_mlp(x_TD, gate_FD, up_FD, down_DF, act)
+    return _gated_mlp(x_TD, gate_FD, up_FD, down_DF, added_TD, act)

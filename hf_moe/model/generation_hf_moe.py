@@ -4,6 +4,7 @@ host that runs one step ahead of the GPU.
 Letters: B batch, L slots of the cache, V vocabulary.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -114,10 +115,16 @@ def capture_cuda_graph(
     will be. Other threads may go on allocating; only one captures at a time.
     """
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)
-    with _CAPTURING, torch.no_grad(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    options = {"stream": _capture_stream(device), "capture_error_mode": "thread_local"}
+    with _CAPTURING, torch.no_grad(), torch.cuda.graph(graph, **options):
         output = call()
     return graph.replay, output
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> Any:
+    """One for all captures: cuBLAS keeps 32 MiB for each stream that it has ever seen."""
+    return torch.cuda.Stream(device)
 
 
 class Report:

@@ -48,7 +48,7 @@ register_parallel_styles()
 
 
 class HfMoeMLP(nn.Module):
-    """down(act(gate(x)) · up(x)). Source: arXiv:2002.05202."""
+    """down(act(gate(x)) · up(x)), and what is to be added to it. Source: arXiv:2002.05202."""
 
     def __init__(self, config: HfMoeConfig, intermediate_size: int):
         super().__init__()
@@ -57,15 +57,16 @@ class HfMoeMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         layers = self.gate_proj, self.up_proj, self.down_proj
         if all(is_bare(layer) for layer in layers):
             weights = [layer.weight for layer in layers]
-            if (kernel := fused("gated_mlp", hidden_states, *weights)) is not None:
-                output = kernel(hidden_states, *weights, self.act_fn)
+            if (kernel := fused("gated_mlp", hidden_states, *weights, added)) is not None:
+                output = kernel(hidden_states, *weights, self.act_fn, added)
                 if output is not None:
                     return output
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        output = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return output if added is None else added + output
 
 
 @use_experts_implementation

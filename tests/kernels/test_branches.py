@@ -14,7 +14,7 @@ WIDTHS = {
     "deepseek": {"H": 16, "G": 1, "C": 512, "P": 64, "N": 128, "HAS_NORM": True, "HAS_SLOT": True, "ADVANCE": True},
     "grouped": {"H": 9, "G": 3, "C": 192, "P": 64, "N": 0, "HAS_NORM": False, "HAS_SLOT": False, "ADVANCE": False},
 }
-BLOCKS = {"INTERLEAVE": True, "BLOCK_H": 16, "BLOCK_G": 4, "BLOCK_C": 512, "BLOCK_N": 128, "HALF": 32}
+BLOCKS = {"INTERLEAVE": True, "CHAINED": True, "BLOCK_H": 16, "BLOCK_G": 4, "BLOCK_C": 512, "BLOCK_N": 128, "HALF": 32}
 
 
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")

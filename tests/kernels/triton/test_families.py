@@ -78,11 +78,15 @@ def step(module: nn.Module, dtype: torch.dtype, implementation: str) -> dict[str
     return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
+# Their own loop computes in float32, whatever the dtype.
+WIDE = {"OpenAIPrivacyFilterExperts"}
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values() if DEVICE == "cuda" else [torch.float32])
 @pytest.mark.parametrize("name", KINDS)
 def test_numbers_and_gradients(name, dtype):
     truth = step(build(name), torch.float64, "eager")
-    plain = step(build(name), dtype, "eager")
+    plain = step(build(name), dtype, "grouped_mm" if name in WIDE else "eager")
     found = step(build(name), dtype, NAME)
     for key in truth:
         assert_as_good(found[key], plain[key], truth[key], f"{name} {key}")

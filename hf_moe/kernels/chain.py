@@ -1,0 +1,38 @@
+"""Launches of a decode step that overlap: each begins while the one before it ends.
+
+A kernel calls `follow` before its first read of what the launch before it writes. It may read earlier what is older:
+results of the launch before the previous one, which has ended by then. The host launches it with
+`launch_pdl=chains(device)`. What other libraries launch in between waits for all that came before.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def follow(CHAINED: tl.constexpr):
+    """Wait until the results of the launch before this one can be read, then let the next one begin."""
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers, mask, fallback):
+    """Ask for the L2's lines that these pointers are in, `fallback`'s where the mask is false.
+
+    Nothing is read by the program, so that it may come before `follow` whoever wrote the lines.
+    """
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [tl.where(mask, pointers, fallback).to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@functools.cache
+def chains(device: torch.device) -> bool:
+    """Whether launches on this device can overlap so: Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
