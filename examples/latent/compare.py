@@ -194,9 +194,9 @@ def main() -> None:
                 for builder in builders:
                     builder.visit(passage)
 
-            attention.dense.run(text.ids, visit, lambda _: None)
+            final = attention.dense.run(text.ids, visit, lambda _: None)
             for ratio, builder in zip(options.ratios, builders, strict=True):
-                built = builder.result()
+                built = builder.result(final)
                 old = next((r for r in rows if (r["ratio"], r["method"]) == (ratio, method)), {})
                 row = {"ratio": ratio, "method": method, **{k: round(v, 5) for k, v in built.model.items()}}
                 row |= {name: old.get(name) for name in ("ppl_healed", "heal_tokens")}

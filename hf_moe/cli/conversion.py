@@ -61,6 +61,7 @@ def _options(choices: dict[str, Any]) -> Any:
 def _show(summary: dict[str, Any]) -> None:
     """Print a plan's summary as tables."""
     from rich.console import Console
+    from rich.filesize import decimal
     from rich.table import Table
 
     console, source, target, run = Console(), summary["source"], summary["target"], summary["conversion"]
@@ -73,15 +74,31 @@ def _show(summary: dict[str, Any]) -> None:
     rows = Table("layer", "attention", "MLP", "parameters", "active", "bytes", "cache bytes a token")
     names = ("layer", "attention", "mlp", "parameters", "active_parameters", "bytes", "cache_bytes_per_token")
     for layer in summary["layers"]:
-        rows.add_row(*(f"{layer[name]:,}" if isinstance(layer[name], int) else layer[name] for name in names))
+        cells = (layer[name] for name in names)
+        rows.add_row(*(f"{cell:,}" if isinstance(cell, int) else cell.removesuffix("_attention") for cell in cells))
     console.print(rows)
     if source["left_out"]:
         console.print(f"Only the language model is converted: left out are {', '.join(source['left_out'])}.")
+    text, files = run["calibration"], "1 file" if target["files"] == 1 else f"{target['files']} files"
     console.print(
-        f"The conversion writes {run['disk_bytes']:,} bytes in {target['files']} files, holds at most "
-        f"{run['memory_peak_bytes']:,} bytes in memory, and takes about {run['seconds']} s at "
-        f"{run['assumed_bytes_per_second']:,} bytes a second."
+        f"The conversion writes {decimal(target['bytes'])} in {files}, needs {decimal(run['disk_bytes'])} of disk, and "
+        f"holds at most {decimal(run['memory_peak_bytes'])} in memory. It takes about {_time(run['seconds'])} at "
+        f"{decimal(run['assumed_bytes_per_second'])} a second"
+        + (f" and {text['assumed_flops_per_second'] / 1e9:.0f} GFLOP/s." if text else ".")
     )
+    if text:
+        console.print(
+            f"Of that, reading {text['tokens']:,} tokens of calibration text takes {decimal(text['memory_bytes'])} of "
+            f"memory, {decimal(text['disk_bytes'])} of disk, and {_time(text['seconds'])}; less on a GPU."
+        )
+
+
+def _time(seconds: float) -> str:
+    """Seconds for people, in the largest unit of which there are two."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 SourceArgument = Annotated[str, typer.Argument(help=SOURCE_HELP)]

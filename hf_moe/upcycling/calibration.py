@@ -15,18 +15,17 @@ import torch
 
 from .clustering import activity_router, centroid_router, group_neurons, mean_router
 from .compression import Text
+from .demand import ATTENTION_CONTEXT, EXPERTS_CONTEXT, rows_of
 from .families import CALIBRATION
 from .headers import read_header
 from .layerwise import DenseLayers, Passage
-from .learnt_attention import ATTENTION_NAME, CONTEXT, learn_attention, rows_of
+from .learnt_attention import ATTENTION_NAME, learn_attention
 from .options import CALIBRATED, Options
 from .progress import step_bar
 from .sources import FolderSource, Source
 
 CALIBRATION_NAME = "calibration.safetensors"
 CALIBRATION_NAMES = (CALIBRATION_NAME, ATTENTION_NAME)
-# Tokens in a row, at most: longer ones cost more than they teach.
-_CONTEXT = 512
 
 # Called with a layer's number, the inputs of its MLP (T, D) and the neurons' contributions (T, F).
 Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -96,7 +95,7 @@ def calibrate(source: Source, options: Options, fields: dict[str, Any], folder: 
         return source
     if options.attention == "compress":
         assert options.calibration_tokens is not None
-        positions = source.config.get("max_position_embeddings") or CONTEXT
+        positions = source.config.get("max_position_embeddings") or ATTENTION_CONTEXT
         context, learnt_rows, measured = rows_of(options.calibration_tokens, positions)
         ids = _ids(source, "\n\n".join(texts(options)), context, learnt_rows + measured)
         learn_attention(source, options, fields, Text(ids, measured), folder, progress)
@@ -145,7 +144,7 @@ def _learn(source: Source, options: Options, sparse: list[int], progress: bool) 
         for branch, text in pairs:
             tokens, positions = options.calibration_tokens, branch.config.get("max_position_embeddings")
             assert tokens is not None
-            context = min(_CONTEXT, tokens, positions or _CONTEXT)
+            context = min(EXPERTS_CONTEXT, tokens, positions or EXPERTS_CONTEXT)
             run_by_layers(branch, _ids(branch, text, context, tokens // context), observe, advance)
     if options.router == "prompts":
         for layer, each in inputs.items():
@@ -180,7 +179,7 @@ def run_by_layers(source: Source, ids: torch.Tensor, observe: Observe, advance: 
     """
 
     def visit(passage: Passage) -> None:
-        x, mlp = passage.mlp_input.flatten(0, 1), passage.module.mlp
+        x, mlp = torch.cat([passage.mlp_input(hidden)[0] for hidden in passage.hidden]), passage.module.mlp
         contribution: list[torch.Tensor] = []
 
         def down(module: Any, arguments: Any) -> None:

@@ -8,7 +8,7 @@
 Letters: B sequences, S tokens of one, D hidden, H heads, V value width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .factors import Latent, Weights, by_loss, candidates, compress_layer, facto
 from .layerwise import Passage
 from .random import generator
 from .source_attention import SourceAttention, before_output, rope_of, weights_at
-from .statistics import Statistics, measure
+from .statistics import Reader, Statistics, measure
 from .widths import Width
 
 # Towards the unfitted output projection; of the mean square of what it reads. Of 1e-4 and 1e-2, measured, the better.
@@ -82,8 +82,6 @@ def survey(
     found: list[list[Candidate]] = []
     references: list[Candidate] = []
     probes: list[torch.Tensor] = []
-    last = slice(len(text.ids) - 1, len(text.ids))
-    final: list[torch.Tensor] = []
 
     def visit(passage: Passage) -> None:
         layer, weights = passage.number, source.weights(passage.number)
@@ -96,16 +94,15 @@ def survey(
         student = made.attention
         rope, mask = rope_of(passage, made.width.frequencies), passage.arguments.get("attention_mask")
         for i, probe in enumerate(probes):
-            probes[i] = passage.again(probe)
-        alone = passage.again(passage.hidden[last], lambda x: student.o_proj(before_output(student, x, rope, mask)))
-        probes.append(alone)
-        final[:] = [passage.output[last]]
+            probes[i] = passage.output(probe)
+        last = passage.hidden[-1]
+        probes.append(passage.output(last, lambda x: student.o_proj(before_output(student, x, rope, mask))))
 
-    source.dense.run(text.ids, visit, advance)
+    final = source.dense.run(text.ids, visit, advance)[-1]
     scaled = []
     for probe, reference, layer in zip(probes, references, found, strict=True):
         # In float32 a layer that loses nothing may measure nothing, or less.
-        kl = max(agreement(source, final[0], probe)["kl"], 1e-9)
+        kl = max(agreement(source, [final], [probe])["kl"], 1e-9)
         scale = kl / reference.damage if reference.damage > 0 else 1.0
         scaled.append([replace(candidate, damage=candidate.damage * scale) for candidate in layer])
     return Survey(scaled, folder)
@@ -115,19 +112,22 @@ def _measure(
     source: SourceAttention, passage: Passage, weights: Weights, text: Text, seed: int, rotate: bool
 ) -> Statistics:
     exact = source.exact(passage.number, weights)
-    x = passage.attention_input[text.learnt]
     rope, mask = rope_of(passage), passage.arguments.get("attention_mask")
-    noise = torch.randn(x.shape, generator=generator(f"{seed}/{passage.number}/probe")).to(x.device)
     cos, sin = (table[0, :, : table.shape[-1] // 2] for table in rope)
+    plain = [rows.float() for rows in (weights.query, weights.key, weights.value)]
+    output = weights.output[:, :-1].float()
+
+    def project(b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = passage.attention_input(passage.hidden[b])[0]
+        noise = torch.randn(x.shape, generator=generator(f"{seed}/{passage.number}/probe/{b}")).to(x.device)
+        query, key, value = (x @ rows[:, :-1].T + rows[:, -1] for rows in plain)
+        return query, key, value, noise @ output
 
     def attend(b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return weights_at(exact, x[b : b + 1], rope, mask)
+        return weights_at(exact, passage.attention_input(passage.hidden[b]), rope, mask)
 
-    query, key, value = (
-        x @ rows[:, :-1].float().T + rows[:, -1].float() for rows in (weights.query, weights.key, weights.value)
-    )
-    back = noise @ weights.output[:, :-1].float()
-    return measure(source.heads, query, key, value, back, torch.complex(cos, sin), attend, rotate)
+    reader = Reader(len(passage.hidden) - text.held_out, project, attend, torch.complex(cos, sin))
+    return measure(source.heads, reader, rotate)
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,7 @@ def build(
     Cost: two forward passes over the text.
     """
     builder = Builder(source, found, sizes, text, keep)
-    source.dense.run(text.ids, builder.visit, advance)
-    return builder.result()
+    return builder.result(source.dense.run(text.ids, builder.visit, advance))
 
 
 class Builder:
@@ -194,115 +193,131 @@ class Builder:
         self.source, self.found, self.sizes, self.text, self.keep, self.fit = source, found, sizes, text, keep, fit
         self.widths: list[Width] = []
         self.rows: list[dict[str, Any]] = []
-        self.stream: torch.Tensor | None = None
-        self.exact: torch.Tensor | None = None
+        self.stream: list[torch.Tensor] = []
 
     def visit(self, passage: Passage) -> None:
         """Make the next layer and pass the text through it."""
-        source, text, layer, size = self.source, self.text, passage.number, self.sizes[passage.number]
+        source, layer, size = self.source, passage.number, self.sizes[passage.number]
         weights = source.weights(layer)
         statistics = self.found.statistics(layer, source.dense.device)
         made = make_layer(source, layer, weights, statistics, size)
-        tensors, width = made.tensors, made.width
-        rope, mask = rope_of(passage, width.frequencies), passage.arguments.get("attention_mask")
-        hidden = passage.hidden if self.stream is None else self.stream
-        wanted = passage.attention_output
-        if source.adds:
-            # What the layers before left out can be made up for here.
-            wanted = wanted + (passage.hidden - hidden) / source.multiplier
+        if not self.stream:
+            self.stream = list(passage.hidden)
+        rope, mask = rope_of(passage, made.width.frequencies), passage.arguments.get("attention_mask")
+
+        def read(x: torch.Tensor) -> torch.Tensor:
+            return before_output(made.attention, x, rope, mask)
+
+        if self.fit:
+            made.tensors["o_proj"] = fitted(made.tensors["o_proj"], self._examples(passage, read))
+        weight, bias = made.tensors["o_proj"].float().split([len(made.tensors["o_proj"][0]) - 1, 1], dim=1)
 
         def attention(x: torch.Tensor) -> torch.Tensor:
-            read = before_output(made.attention, x, rope, mask)
-            if self.fit:
-                tensors["o_proj"] = fitted(tensors["o_proj"], read[text.learnt], wanted[text.learnt])
-            out = read @ tensors["o_proj"][:, :-1].float().T + tensors["o_proj"][:, -1].float()
-            self.rows.append(_ledger_row(source, passage, weights, statistics, size, made, out, text))
-            return out
+            return read(x) @ weight.T + bias[:, 0]
 
-        self.stream = passage.again(hidden, attention)
-        self.keep(layer, tensors)
-        self.widths.append(width)
-        self.exact = passage.output[text.measured]
+        errors = _Errors(source, passage, weights, statistics, made)
+        for b, own in enumerate(self.stream):
+            if b >= self.text.learnt.stop:
+                errors.add(passage.hidden[b], attention(passage.attention_input(own)))
+            self.stream[b] = passage.output(own, attention)
+        self.rows.append(_ledger_row(statistics, size, made, layer) | errors.relative())
+        self.keep(layer, made.tensors)
+        self.widths.append(made.width)
 
-    def result(self) -> Built:
-        """After the last layer."""
-        assert self.stream is not None
-        assert self.exact is not None
-        own, measured = self.stream[self.text.measured], self.text.ids[self.text.measured]
-        return Built(self.widths, self.rows, agreement(self.source, self.exact, own, measured.to(own.device)))
+    def _examples(
+        self, passage: Passage, read: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What the output projection reads and should put out, sequence by sequence."""
+        for own, theirs in zip(self.stream[self.text.learnt], passage.hidden[self.text.learnt], strict=True):
+            wanted = passage.attention_output(passage.attention_input(theirs))
+            if self.source.adds:
+                # What the layers before left out can be made up for here.
+                wanted = wanted + (theirs - own) / self.source.multiplier
+            yield read(passage.attention_input(own))[0], wanted[0]
+
+    def result(self, final: list[torch.Tensor]) -> Built:
+        """After the last layer, whose outputs in the source are given."""
+        measured = self.text.measured
+        ids = self.text.ids[measured].to(final[0].device)
+        return Built(self.widths, self.rows, agreement(self.source, final[measured], self.stream[measured], ids))
 
 
-def fitted(output: torch.Tensor, read: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """W_o and its bias (D, H·V + 1) that turn `read` (B, S, H·V) into `wanted` (B, S, D) as well as can be."""
+def fitted(output: torch.Tensor, examples: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """W_o and its bias (D, H·V + 1) that turn what is read (S, H·V) into what is wanted (S, D) as well as can be."""
     normal = output.new_zeros(output.shape[1], output.shape[1])
     right = output.new_zeros(output.shape[1], output.shape[0])
-    for some, goal in zip(read.flatten(0, 1).split(8192), wanted.flatten(0, 1).split(8192), strict=True):
-        a = torch.cat([some, some.new_ones(len(some), 1)], dim=1).double()
+    for read, wanted in examples:
+        a = torch.cat([read, read.new_ones(len(read), 1)], dim=1).double()
         normal += a.T @ a
-        right += a.T @ (goal.double() - a @ output.T)
+        right += a.T @ (wanted.double() - a @ output.T)
     return refit(output, normal, right, _RIDGE)
 
 
-def _ledger_row(
-    source: SourceAttention,
-    passage: Passage,
-    weights: Weights,
-    statistics: Statistics,
-    size: Candidate,
-    made: Layer,
-    out: torch.Tensor,
-    text: Text,
-) -> dict[str, Any]:
-    """Sizes and errors of one layer: relative squared errors on the text that nothing was learnt from."""
-    kept, latent, frequencies = made.kept, made.latent, made.width.frequencies
-    rows = latent_rows(source.heads, weights, statistics)
-    x = passage.attention_input[text.measured].flatten(0, 1).double()
-    y = x @ rows[:, :-1].T + rows[:, -1]
-    error = torch.zeros_like(y)
-    centred = y[:, latent.index] - statistics.mean_Y[latent.index]
-    error[:, latent.index] = centred - centred @ latent.project.T @ latent.expand.T
-    keys = 2 * len(statistics.without_rope_J)
-    exact = passage.attention_output[text.measured]
+class _Errors:
+    """Squared errors of one layer, relative to what they are errors of, on the text that nothing was learnt from."""
+
+    def __init__(
+        self, source: SourceAttention, passage: Passage, weights: Weights, statistics: Statistics, made: Layer
+    ):
+        self.passage, self.latent, self.mean_Y = passage, made.latent, statistics.mean_Y
+        self.rows, self.keys = latent_rows(source.heads, weights, statistics), 2 * len(statistics.without_rope_J)
+        self.sums = {name: [0.0, 0.0] for name in ("keys", "values", "output")}
+
+    def add(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Of one sequence: the layer's input in the source, and what the compressed attention puts out."""
+        latent, x = self.latent, self.passage.attention_input(hidden)
+        y = x[0].double() @ self.rows[:, :-1].T + self.rows[:, -1]
+        error, exact = torch.zeros_like(y), self.passage.attention_output(x)
+        centred = y[:, latent.index] - self.mean_Y[latent.index]
+        error[:, latent.index] = centred - centred @ latent.project.T @ latent.expand.T
+        for name, wrong, whole in (
+            ("keys", error[:, : self.keys], y[:, : self.keys]),
+            ("values", error[:, self.keys :], y[:, self.keys :]),
+            ("output", out - exact, exact),
+        ):
+            self.sums[name][0] += float(wrong.double().square().sum())
+            self.sums[name][1] += float(whole.double().square().sum())
+
+    def relative(self) -> dict[str, float]:
+        """For the ledger."""
+        return {f"measured_{name}": wrong / whole if whole else 0.0 for name, (wrong, whole) in self.sums.items()}
+
+
+def _ledger_row(statistics: Statistics, size: Candidate, made: Layer, layer: int) -> dict[str, Any]:
+    """Sizes and predictions of one layer."""
+    frequencies = made.width.frequencies
     return {
-        "layer": passage.number,
+        "layer": layer,
         "cache_numbers": size.numbers,
         "latent": size.latent,
         "rotary_pairs": size.pairs,
         "frequencies": None if frequencies is None else list(frequencies),
         "predicted_kl": size.damage,
-        "predicted_tail": latent.tail,
-        "predicted_without_rope": float(statistics.without_rope_J.sum() - statistics.without_rope_J[kept].sum()),
-        "measured_keys": _relative(error[:, :keys], y[:, :keys]),
-        "measured_values": _relative(error[:, keys:], y[:, keys:]),
-        "measured_output": _relative(out[text.measured] - exact, exact),
+        "predicted_tail": made.latent.tail,
+        "predicted_without_rope": float(statistics.without_rope_J.sum() - statistics.without_rope_J[made.kept].sum()),
     }
 
 
-def _relative(error: torch.Tensor, whole: torch.Tensor) -> float:
-    return float(error.square().sum() / whole.square().sum()) if whole.numel() else 0.0
-
-
 def agreement(
-    source: SourceAttention, exact: torch.Tensor, other: torch.Tensor, ids: torch.Tensor | None = None
+    source: SourceAttention, exact: list[torch.Tensor], other: list[torch.Tensor], ids: torch.Tensor | None = None
 ) -> dict[str, float]:
     """KL from the source in nats a token, share of equal likeliest tokens, and with ids both perplexities.
 
     Args:
-        exact, other: the last layer's outputs (B, S, D).
+        exact, other: the last layer's outputs, (1, S, D) of each sequence.
     """
     kl = top1 = 0.0
     losses = [0.0, 0.0]
-    for b in range(len(exact)):
-        for start in range(0, exact.shape[1], _CHUNK):
-            part = slice(start, start + _CHUNK)
-            p, q = (source.dense.log_probabilities(hidden[b, part]) for hidden in (exact, other))
+    for b, pair in enumerate(zip(exact, other, strict=True)):
+        for start in range(0, pair[0].shape[1], _CHUNK):
+            p, q = (source.dense.log_probabilities(hidden[0, start : start + _CHUNK]) for hidden in pair)
             kl += float((p.exp() * (p - q)).sum())
             top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
             if ids is not None:
                 following = ids[b, start + 1 : start + 1 + _CHUNK, None]
                 for i, each in enumerate((p, q)):
                     losses[i] -= float(each[: len(following)].gather(-1, following).sum())
-    tokens = exact.shape[0] * exact.shape[1]
+    tokens = sum(hidden.shape[1] for hidden in exact)
     found = {"kl": kl / tokens, "top1": top1 / tokens}
     if ids is not None:
         predicted = ids.shape[0] * (ids.shape[1] - 1)

@@ -13,6 +13,7 @@ from typing import Any
 from .calibration import calibrate
 from .calibration import digest as digest_of_texts
 from .card import write_card
+from .demand import disk_bytes
 from .gguf_source import GgufSource
 from .headers import INDEX_NAME
 from .journal import JOURNAL_NAME, Journal
@@ -116,7 +117,7 @@ def build(
     `prepare` may write there first, and returns the plan and the source that follow from it.
     """
     partial = partial_folder(target)
-    _check_space(target.parent, plan, partial)
+    _check_space(target.parent, plan, source, partial)
     partial.mkdir(exist_ok=True)
     journal = Journal(partial, digest)
     try:
@@ -139,8 +140,8 @@ def build(
         if error.errno == errno.ENOSPC:
             raise OSError(
                 errno.ENOSPC,
-                f"the disk is full: {target.name} needs {plan.nbytes:,} bytes; free some space and run the same "
-                f"command again, it goes on from {partial.name}",
+                f"the disk is full: {target.name} needs {disk_bytes(plan, source):,} bytes; free some space and run "
+                f"the same command again, it goes on from {partial.name}",
             ) from error
         raise
     finally:
@@ -148,9 +149,9 @@ def build(
     return target
 
 
-def _check_space(folder: Path, plan: Plan, partial: Path) -> None:
+def _check_space(folder: Path, plan: Plan, source: Source, partial: Path) -> None:
     present = sum(path.stat().st_size for path in partial.glob("*")) if partial.is_dir() else 0
-    needed, free = plan.nbytes + _SMALL_FILES - present, shutil.disk_usage(folder).free
+    needed, free = disk_bytes(plan, source) + _SMALL_FILES - present, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"not enough space in {folder}: {needed:,} bytes needed, {free:,} free")
 

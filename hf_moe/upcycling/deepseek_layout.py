@@ -5,6 +5,7 @@ bit.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -189,9 +190,7 @@ class StockLayout:
         if config.q_lora_rank is None:
             name = f"{prefix}q_proj.weight"
             if self.bottleneck is None:
-                yield self._make(
-                    name, (queries, hidden), "own_query", [name], layer, headers, columns=hidden, **arguments
-                )
+                yield self._own_query(name, (queries, hidden), layer, headers, **arguments)
             else:
                 yield self._rows(name, f"{prefix}q_a_proj.weight", queries, layer, headers)
                 yield self._rows(f"{prefix}q_proj.bias", f"{prefix}q_a_proj.bias", queries, layer, headers)
@@ -203,7 +202,7 @@ class StockLayout:
                 name = f"{prefix}q_a_layernorm.weight"
                 yield self._rows(name, name, width, layer, headers)
             name = f"{prefix}q_b_proj.weight"
-            yield self._make(name, (queries, width), "own_query", [name], layer, headers, columns=width, **arguments)
+            yield self._own_query(name, (queries, width), layer, headers, **arguments)
         places = self._latent_places(layer) | {"latent": self.latent}
         for suffix, shape in (("weight", (rank + keys, hidden)), ("bias", (rank + keys,))):
             name = f"{prefix}kv_a_proj_with_mqa.{suffix}"
@@ -217,6 +216,13 @@ class StockLayout:
         yield self._make(name, shape, "columns", [name], layer, headers, start=0, stop=rank, scale=1.0)
         for name in ("o_proj.weight", *(["o_proj.bias"] if config.o_bias else [])):
             yield self._rows(prefix + name, prefix + name, hidden, layer, headers)
+
+    def _own_query(
+        self, name: str, shape: tuple[int, ...], layer: int, headers: Mapping[str, TensorHeader], **arguments: Any
+    ) -> TargetTensor:
+        made = self._make(name, shape, "own_query", [name], layer, headers, columns=shape[1], **arguments)
+        # What was scaled on the way out was written in float32, whatever it had been.
+        return made if self.scale == self.free_scale == 1 else replace(made, dtype=self.dtype)
 
     def _query_size(self) -> int:
         return self.config.num_attention_heads * (self.config.qk_nope_head_dim + self.shape.rotary)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .headers import TensorHeader
-from .quantised import encodings, presented
+from .quantised import added_biases, encodings, presented
 from .sources import COPIED_FILES, FolderSource, Source, complete, read_config
 from .wrapped import language_model
 
@@ -38,7 +38,29 @@ class RemoteSource(Source):
         }
         raw, self._stored, self.left_out = language_model(read_config(path), stored)
         self.config = complete(raw)
-        self.headers = presented(self._stored, encodings(raw, self._stored))
+        encoded = encodings(raw, self._stored)
+        self.headers = presented(self._stored, encoded)
+        for kind in added_biases(self._stored, encoded):
+            # One layer's stands for all here; a conversion looks at every one.
+            if self._is_zero(kind[0]):
+                for name in kind:
+                    del self.headers[name]
+
+    def _is_zero(self, name: str) -> bool:
+        """Whether a small tensor is of zeros, by range requests."""
+        header, begin = self._stored[name], 8 + int.from_bytes(self._fetch(name, 0, 8), "little")
+        return not self._fetch(name, begin + header.start, begin + header.stop).strip(b"\0")
+
+    def _fetch(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of the file that holds a tensor."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self.location.partition("@")[0], str(self._stored[name].file), revision=self.revision)
+        with hub_errors(self.location, _NOWHERE.format(self.location)):
+            response = get_session().get(url, headers=build_hf_headers() | {"range": f"bytes={start}-{stop - 1}"})
+            hf_raise_for_status(response)
+        return response.content
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,8 @@
 Letters: B sequences, S tokens of one, D hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,32 +15,58 @@ from .sources import Source
 
 @dataclass(frozen=True)
 class Passage:
-    """What one layer saw of the text: its module, filled; its input and output (B, S, D); the other arguments of its
-    `forward`, with the masks and rotations of one sequence, which are those of all; the input and output of its
-    attention, and the input of its MLP."""
+    """One layer and what it reads of the text.
+
+    Attributes:
+        module: the layer, filled.
+        hidden: its input, one tensor (1, S, D) for each sequence.
+        arguments: the others of its `forward`: masks and rotations of one sequence, which are those of all.
+    """
 
     number: int
     module: Any
-    hidden: torch.Tensor
-    output: torch.Tensor
+    hidden: list[torch.Tensor]
     arguments: dict[str, Any]
-    attention_input: torch.Tensor
-    attention_output: torch.Tensor
-    mlp_input: torch.Tensor
 
-    def again(self, hidden: torch.Tensor, attention: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Any:
-        """The layer's output for another input, with another function in place of its attention, where given."""
-        own = self.module.self_attn
-        if attention is not None:
-            self.module.self_attn = _Replaced(attention)
-        try:
-            output = self.module.forward(hidden, **self.arguments)
-            return output[0] if isinstance(output, tuple) else output
-        finally:
-            self.module.self_attn = own
+    def output(
+        self, hidden: torch.Tensor, attention: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The layer's output for an input (1, S, D), with another function in place of its attention, where given."""
+        if attention is None:
+            return self._forward(hidden)
+        with _replaced(self.module, self_attn=_Attention(attention)):
+            return self._forward(hidden)
+
+    def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of an input; neither it nor the MLP is run."""
+        seen: list[torch.Tensor] = []
+
+        def attention(x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x
+
+        with _replaced(self.module, self_attn=_Attention(attention), mlp=torch.nn.Identity()):
+            self._forward(hidden)
+        return seen[0]
+
+    def attention_output(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's own attention of what it reads."""
+        return _first(self.module.self_attn(hidden_states=x, **self.arguments))
+
+    def mlp_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the MLP reads of an input; it is not run."""
+        # It hands on what it reads, which a hook sees.
+        idle, seen = torch.nn.Identity(), list[torch.Tensor]()
+        idle.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        with _replaced(self.module, mlp=idle):
+            self._forward(hidden)
+        return seen[0]
+
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return _first(self.module(hidden, **self.arguments))
 
 
-class _Replaced(torch.nn.Module):
+class _Attention(torch.nn.Module):
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
         self.function = function
@@ -48,10 +75,20 @@ class _Replaced(torch.nn.Module):
         return self.function(hidden_states), None
 
 
-def _of_one(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_of_one, value))
-    return value[:1] if isinstance(value, torch.Tensor) and value.dim() > 1 else value
+@contextmanager
+def _replaced(module: Any, **others: torch.nn.Module) -> Iterator[None]:
+    own = {name: getattr(module, name) for name in others}
+    for name, other in others.items():
+        setattr(module, name, other)
+    try:
+        yield
+    finally:
+        for name, each in own.items():
+            setattr(module, name, each)
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 class DenseLayers:
@@ -68,8 +105,7 @@ class DenseLayers:
         with init_empty_weights(include_buffers=False):
             self.model: Any = transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
         self.model.rotary_emb.to(self.device)
-        for name in ("embed_tokens", "norm"):
-            self.fill(getattr(self.model, name), f"model.{name}.")
+        self.fill(self.model.norm, "model.norm.")
 
     def fill(self, module: Any, prefix: str) -> None:
         """Give a module its weights."""
@@ -84,51 +120,53 @@ class DenseLayers:
         return self.source.read(name).float().to(self.device)
 
     @torch.no_grad()
-    def run(self, ids: torch.Tensor, visit: Callable[[Passage], None], advance: Callable[[int], None]) -> None:
+    def run(
+        self, ids: torch.Tensor, visit: Callable[[Passage], None], advance: Callable[[int], None]
+    ) -> list[torch.Tensor]:
         """Run the whole text (B, S) through all layers; `visit` is called while a layer's weights are there.
 
-        Cost: 2 FLOPs for each weight and token; memory of one layer, and of its activations for all tokens.
+        Returns:
+            The last layer's output, one tensor (1, S, D) for each sequence.
+        Cost: 2 FLOPs for each weight and token; memory of one layer, of its activations for one sequence, and of a
+            hidden state (D numbers in fp32) for each token.
         """
-
-        def visited(passage: Passage) -> None:
+        hidden, arguments = self._embedded(ids)
+        for number, layer in enumerate(self.model.layers):
+            self.fill(layer, f"model.layers.{number}.")
+            passage = Passage(number, layer, hidden, arguments[number])
             visit(passage)
+            # Row by row in place: a second copy of all states would be the largest thing here.
+            for b, row in enumerate(hidden):
+                hidden[b] = passage.output(row)
+            layer.to("meta")
             advance(1)
+        return hidden
 
-        hooks = [hook for number, layer in enumerate(self.model.layers) for hook in self._watch(layer, number, visited)]
+    def _embedded(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+        """The first layer's input for each sequence, and every layer's other arguments: the model with idle layers."""
+        hidden: list[torch.Tensor] = []
+        arguments: list[dict[str, Any]] = [{} for _ in self.model.layers]
+
+        def idle(number: int) -> Callable[..., torch.Tensor]:
+            def forward(hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
+                if number == 0:
+                    hidden.append(hidden_states)
+                arguments[number] = named
+                return hidden_states
+
+            return forward
+
+        self.fill(self.model.embed_tokens, "model.embed_tokens.")
+        for number, layer in enumerate(self.model.layers):
+            layer.forward = idle(number)
         try:
-            self.model(input_ids=ids.to(self.device), use_cache=False)
+            for row in ids.split(1):
+                self.model(input_ids=row.to(self.device), use_cache=False)
         finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _watch(self, layer: Any, number: int, visit: Callable[[Passage], None]) -> list[Any]:
-        seen: dict[str, Any] = {}
-
-        def before(module: Any, positional: Any, named: dict[str, Any]) -> None:
-            self.fill(module, f"model.layers.{number}.")
-            seen["hidden"] = positional[0] if positional else named["hidden_states"]
-            seen["arguments"] = {key: _of_one(value) for key, value in named.items() if key != "hidden_states"}
-
-        def attention(module: Any, positional: Any, named: dict[str, Any], output: Any) -> None:
-            seen["attention_input"] = positional[0] if positional else named["hidden_states"]
-            seen["attention_output"] = output[0]
-
-        def mlp(module: Any, positional: Any) -> None:
-            # `again` runs the layer once more.
-            seen.setdefault("mlp_input", positional[0])
-
-        def after(module: Any, positional: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            visit(Passage(number=number, module=module, output=output, **seen))
-            seen.clear()
-            module.to("meta")
-
-        return [
-            layer.register_forward_pre_hook(before, with_kwargs=True),
-            layer.self_attn.register_forward_hook(attention, with_kwargs=True),
-            layer.mlp.register_forward_pre_hook(mlp),
-            layer.register_forward_hook(after),
-        ]
+            for layer in self.model.layers:
+                del layer.forward
+        self.model.embed_tokens.to("meta")
+        return hidden, arguments
 
     @torch.no_grad()
     def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -136,7 +174,7 @@ class DenseLayers:
         config = self.source.config
         if self._head is None:
             tied = config.get("tie_word_embeddings") or "lm_head.weight" not in self.source.headers
-            self._head = self.model.embed_tokens.weight if tied else self.read("lm_head.weight")
+            self._head = self.read("model.embed_tokens.weight" if tied else "lm_head.weight")
         logits = self.model.norm(hidden) @ self._head.T / (config.get("logits_scaling") or 1.0)
         if cap := config.get("final_logit_softcapping"):
             logits = torch.tanh(logits / cap) * cap

@@ -25,10 +25,6 @@ from .sources import Source
 from .widths import Limits, Width, attention_tensors, limits_of
 
 ATTENTION_NAME = "calibration-attention.safetensors"
-# Tokens in a row, at most; those of a training text of short documents.
-CONTEXT = 1024
-# One row to measure on for so many to learn from.
-_LEARNT_ROWS = 8
 # Tries to meet a KL.
 _TRIES = 6
 
@@ -40,8 +36,7 @@ def learn_attention(
 
     Args:
         fields: of the exact target's configuration.
-    Cost: about five forward passes over the text in fp32, on a GPU where there is one; memory of one layer, and of its
-        activations for the whole text.
+    Cost: see `demand`; in fp32, on a GPU where there is one.
     """
     # Of a run that was killed.
     for left in folder.glob(f"{_MOMENTS}*"):
@@ -170,10 +165,3 @@ class AttentionWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-
-
-def rows_of(tokens: int, positions: int) -> tuple[int, int, int]:
-    """Tokens in a row, rows to learn from, rows to measure on."""
-    context = min(CONTEXT, tokens, positions)
-    learnt = tokens // context
-    return context, learnt, max(1, learnt // _LEARNT_ROWS)

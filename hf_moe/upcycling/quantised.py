@@ -9,6 +9,7 @@ compressed-tensors ("float-quantized", "int-quantized"). Packed integers (GPTQ, 
 Source: arXiv:2412.19437 section 3.3 (blocks).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,6 +80,16 @@ def presented(headers: Headers, encoded: Mapping[str, Encoding]) -> dict[str, Te
         size = 4 * encoding.shape[0] * encoding.shape[1]
         shown[name] = replace(numbers, dtype="F32", shape=encoding.shape, start=0, stop=size)
     return shown
+
+
+def added_biases(headers: Headers, encoded: Mapping[str, Encoding]) -> list[list[str]]:
+    """Biases of quantised modules, those of one module in all layers together: packers give zeros to who has none."""
+    alike: dict[str, list[str]] = {}
+    for weight in encoded:
+        bias = f"{weight.removesuffix('weight')}bias"
+        if bias in headers:
+            alike.setdefault(re.sub(r"\d+", "*", bias), []).append(bias)
+    return list(alike.values())
 
 
 def _eight_bits(quantization: Config, headers: Headers) -> dict[str, Encoding]:

@@ -1,6 +1,6 @@
 """A source's attention as tensors: its projections, and the exact latent form that stands for it while it is measured.
 
-Letters: B sequences, S tokens of one, D hidden, H heads, G key groups, V value width.
+Letters: S tokens of a sequence, D hidden, H heads, G key groups, V value width.
 """
 
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ class SourceAttention:
 
 def rope_of(passage: Passage, frequencies: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin (1, S, P) of the source at this layer, or of some of its frequencies."""
-    cos, sin = (table[:1] for table in passage.arguments["position_embeddings"])
+    cos, sin = passage.arguments["position_embeddings"]
     if frequencies is None:
         return cos, sin
     columns = torch.tensor([*frequencies, *frequencies], device=cos.device)
@@ -131,19 +131,16 @@ def weights_at(
 def before_output(
     module: HfMoeAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """What `o_proj` reads, (B, S, H·V), by PyTorch's attention or the plain one where scores are capped."""
-    outputs = []
-    for rows in x.split(4):
-        query, key, value = _projected(module, rows, rope)
-        if module.config.attn_logit_softcapping is None:
-            out = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=module.scaling
-            )
-        else:
-            scores = query @ key.transpose(2, 3) * module.scaling
-            out = attention_probabilities(module, scores, _mask(mask, scores), 0.0) @ value
-        outputs.append(out.transpose(1, 2).flatten(2))
-    return torch.cat(outputs)
+    """What `o_proj` reads, (1, S, H·V), by PyTorch's attention or the plain one where scores are capped."""
+    query, key, value = _projected(module, x, rope)
+    if module.config.attn_logit_softcapping is None:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=module.scaling
+        )
+    else:
+        scores = query @ key.transpose(2, 3) * module.scaling
+        out = attention_probabilities(module, scores, _mask(mask, scores), 0.0) @ value
+    return out.transpose(1, 2).flatten(2)
 
 
 def _projected(module: HfMoeAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .families import family_of
 from .headers import TensorHeader, read_folder
-from .quantised import encodings, presented
+from .quantised import added_biases, encodings, presented
 from .wrapped import language_model, text_config
 
 if TYPE_CHECKING:
@@ -139,12 +139,8 @@ class FolderSource(Source):
 
     def _unused_biases(self) -> list[str]:
         """Biases that packers gave to modules without one: zero in every layer."""
-        alike: dict[str, list[str]] = {}
-        for weight in self._encodings:
-            bias = f"{weight.removesuffix('weight')}bias"
-            if bias in self._stored:
-                alike.setdefault(re.sub(r"\d+", "*", bias), []).append(bias)
-        return [bias for each in alike.values() if all(map(self._is_zero, each)) for bias in each]
+        kinds = added_biases(self._stored, self._encodings)
+        return [bias for kind in kinds if all(map(self._is_zero, kind)) for bias in kind]
 
     def _is_zero(self, name: str) -> bool:
         header = self._stored[name]

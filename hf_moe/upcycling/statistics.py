@@ -10,12 +10,12 @@ through W_o and the softmax, as a gradient would, and leaves for each score γ[m
 A constant error of a key moves all scores alike and does nothing; one of a value becomes a bias of the output: so
 moments are taken around the mean.
 
-Letters: B sequences, S tokens of one, H heads, G key groups, F frequencies, J = F·G pairs, V value width,
+Letters: S tokens of a sequence, T of all, H heads, G key groups, F frequencies, J = F·G pairs, V value width,
 Y = 2·J + G·V numbers that a latent may hold.
 Source: probing with random directions, Hutchinson (1989); the rest is this project's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from .rotation import Rotation, as_pairs, gather, interleaved, unrotated
 # A token may weigh so much more than the average one.
 _MOST = 1e4
 _RIDGE = 1e-6
+# Numbers of one intermediate (H, S, pairs) that are in memory at once.
+_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -57,122 +59,188 @@ class Statistics:
     mean_Y: torch.Tensor
 
 
-def measure(
-    heads: Heads,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    back: torch.Tensor,
-    phase: torch.Tensor,
-    attend: Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-    rotate: bool = True,
-) -> Statistics:
+@dataclass(frozen=True)
+class Reader:
+    """A layer's text, one sequence at a time, as often as it is asked for.
+
+    Attributes:
+        sequences: how many.
+        project: of sequence b the query (S, H·2F) and key (S, G·2F) before RoPE, the value (S, G·V), and a random
+            direction of the output, through W_o: (S, H·V).
+        attend: of sequence b, the weights (H, S, S); those that say how they answer to an error; and the derivative of
+            the capped score by the plain product q · k.
+        phase: (S, F) complex, what RoPE multiplies by; its size is the square root of a scale of the scores.
+    """
+
+    sequences: int
+    project: Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
+    attend: Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    phase: torch.Tensor
+
+
+def measure(heads: Heads, reader: Reader, rotate: bool = True) -> Statistics:
     """The statistics of one layer.
 
     Args:
-        query: (B, S, H·2F), key: (B, S, G·2F), before RoPE. value: (B, S, G·V).
-        back: (B, S, H·V), a random direction of the output, through W_o.
-        phase: (S, F) complex, what RoPE multiplies by; its size is the square root of a scale of the scores.
-        attend: of sequence b, the weights (H, S, S); those that say how they answer to an error; and the derivative of
-            the capped score by the plain product q · k.
         rotate: False leaves every head by itself.
-    Cost: 12·B·S²·H·J FLOPs; memory of 4·B·H·S·(S + 5·J) bytes.
+    Cost: 16·T·S·H·J FLOPs; memory of a few times 4·H·S² bytes, 4·T·Y for what reaches the keys and values, and
+        40·Y².
     """
-    device, (b_size, s_size) = key.device, key.shape[:2]
-    group = heads.group.to(device)
-    pairs, queries = as_pairs(key.double(), heads.groups), as_pairs(query.double(), heads.heads)
-    frequencies = pairs.shape[-1]
+    device, frequencies = reader.phase.device, reader.phase.shape[1]
     rotation = unrotated(frequencies, heads.groups, device)
-    if rotate:
-        rotation = gather(*_energies(pairs, queries, heads))
-    z = torch.einsum("fjg,bsgf->bsfj", rotation.into, pairs).flatten(2) if heads.keys else pairs[..., :0, 0]
-    factor_HJ = rotation.out[:, group].conj().transpose(0, 1).flatten(1)
-    repeated = torch.arange(z.shape[-1], device=device) // heads.groups
-    phase_SJ = phase[:, repeated].to(torch.complex64)
+    if rotate and heads.keys:
+        rotation = gather(*_energies(heads, reader))
+    turned = _Turned(heads, rotation, reader)
+    for b in range(reader.sequences):
+        turned.add(b)
+    turn_HJ = turned.turn()
+    reached = [turned.reached(b, turn_HJ) for b in range(reader.sequences)]
 
-    value_heads, back_heads = value.unflatten(-1, (heads.groups, -1)), back.unflatten(-1, (heads.heads, -1))
-    sums = _TurnSums(heads.heads, z.shape[-1], device)
-    gammas, values_back, queries_seen = [], [], []
-    for b in range(b_size):
-        weights, broad, slope = attend(b)
-        back_weights = torch.einsum("mhd,lhd->hml", back_heads[b], value_heads[b][:, group])
-        gamma = broad * (back_weights - (broad * back_weights).sum(-1, keepdim=True)) * slope
-        reached = torch.einsum("hml,mhd->lhd", weights, back_heads[b]).unflatten(1, (heads.groups, -1)).sum(2)
-        values_back.append(reached.flatten(1))
-        if heads.keys:
-            seen = (queries[b].transpose(0, 1)[..., repeated] * factor_HJ[:, None]).to(torch.complex64)
-            sums.add(gamma, seen, z[b].to(torch.complex64), phase_SJ)
-            gammas.append(gamma)
-            queries_seen.append(seen)
-    turn_HJ = sums.turn()
-    y, back_y = value.double(), torch.stack(values_back).double()
-    if heads.keys:
-        y = torch.cat([interleaved(z), y], dim=-1)
-        keys_back = torch.stack(
-            [_pairs_back(gamma, seen, turn_HJ) for gamma, seen in zip(gammas, queries_seen, strict=True)]
-        )
-        back_y = torch.cat([keys_back, back_y], dim=-1)
-    covariance, metric, mean = _moments(y.flatten(0, 1), back_y.flatten(0, 1))
-    return Statistics(rotation, turn_HJ, sums.loss(turn_HJ, b_size * s_size), covariance, metric, mean)
+    def numbers(b: int) -> torch.Tensor:
+        _, key, value, _ = reader.project(b)
+        y = value.double()
+        return torch.cat([interleaved(turned.pairs(key)), y], dim=-1) if heads.keys else y
+
+    covariance, metric, mean = _moments(numbers, reached)
+    return Statistics(rotation, turn_HJ, turned.loss(turn_HJ), covariance, metric, mean)
 
 
-def _energies(pairs: torch.Tensor, queries: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+def _energies(heads: Heads, reader: Reader) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys' covariance and queries' energy by group, (F, G, G)."""
-    centred = pairs - pairs.mean((0, 1))
-    covariance = torch.einsum("bsgf,bshf->fgh", centred, centred.conj()) / (pairs.shape[0] * pairs.shape[1])
-    energy = queries.abs().square().mean((0, 1)).unflatten(0, (heads.groups, -1)).sum(1)
-    return covariance, torch.diag_embed(energy.T).to(torch.complex128)
+    device, frequencies, tokens = reader.phase.device, reader.phase.shape[1], 0
+    square = torch.zeros(frequencies, heads.groups, heads.groups, dtype=torch.complex128, device=device)
+    total, energy = torch.zeros_like(square[..., 0]), torch.zeros(heads.heads, frequencies, device=device).double()
+    for b in range(reader.sequences):
+        query, key, _, _ = reader.project(b)
+        pairs = as_pairs(key.double(), heads.groups)
+        square += torch.einsum("sgf,shf->fgh", pairs, pairs.conj())
+        total += pairs.sum(0).T
+        energy += as_pairs(query.double(), heads.heads).abs().square().sum(0)
+        tokens += len(key)
+    mean = total / tokens
+    covariance = square / tokens - mean[:, :, None] * mean[:, None].conj()
+    by_group = (energy / tokens).unflatten(0, (heads.groups, -1)).sum(1)
+    return covariance, torch.diag_embed(by_group.T).to(torch.complex128)
 
 
-class _TurnSums:
-    """Sums over queries m from which c and the losses follow: of a = γ q'* z exp(iω(l-m)) and b = γ q'* z over l."""
+class _Turned:
+    """What pairs without RoPE do to the scores, and from where errors come back to them.
 
-    def __init__(self, heads: int, pairs: int, device: torch.device):
-        self.normal = torch.zeros(heads, pairs, 2, 2, dtype=torch.float64, device=device)
-        self.right = torch.zeros(heads, pairs, 2, dtype=torch.float64, device=device)
-        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    With a = γ q'* z exp(iω(l-m)) and f = γ q'* z, summed over l, the Gram matrix of [Σ_h a ; f_1 … f_H] over the
+    queries m gives c and the losses: all that has to be kept of the text.
+    """
 
-    def add(self, gamma: torch.Tensor, seen: torch.Tensor, z_SJ: torch.Tensor, phase_SJ: torch.Tensor) -> None:
-        both = torch.view_as_real(torch.cat([z_SJ * phase_SJ, z_SJ], dim=1)).flatten(1)
-        met = torch.view_as_complex(torch.einsum("hml,lx->hmx", gamma, both).unflatten(-1, (-1, 2)).contiguous())
-        with_rope, without = (seen.conj() * part for part in met.chunk(2, dim=-1))
-        with_rope = (with_rope * phase_SJ.conj()).real
-        # Re(c b) = c_r b_r - c_i b_i
-        features = torch.stack([without.real, -without.imag], dim=-1)
-        self.normal += torch.einsum("hmjx,hmjy->hjxy", features, features).double()
-        self.right += torch.einsum("hmjx,hmj->hjx", features, with_rope).double()
-        self.kept.append((with_rope, features))
+    def __init__(self, heads: Heads, rotation: Rotation, reader: Reader):
+        self.heads, self.rotation, self.reader = heads, rotation, reader
+        device = reader.phase.device
+        self.group = heads.group.to(device)
+        count = rotation.shape[0] * heads.groups if heads.keys else 0
+        self.frequency_J = torch.arange(count, device=device) // heads.groups
+        self.factor_HJ = rotation.out[:, self.group].conj().transpose(0, 1).flatten(1)
+        self.gram_JXX = torch.zeros(count, 1 + 2 * heads.heads, 1 + 2 * heads.heads, dtype=torch.float64, device=device)
+        self.right_HJ2 = torch.zeros(heads.heads, count, 2, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def pairs(self, key: torch.Tensor) -> torch.Tensor:
+        """z of keys (S, G·2F): (S, J) complex."""
+        return torch.einsum("fjg,sgf->sfj", self.rotation.into, as_pairs(key.double(), self.heads.groups)).flatten(1)
+
+    def add(self, b: int) -> None:
+        """Sum up one sequence."""
+        query, key, value, back = self.reader.project(b)
+        self.tokens += len(key)
+        if not self.heads.keys:
+            return
+        gamma, _ = self._back_to_scores(b, value, back)
+        z_SJ = self.pairs(key).to(torch.complex64)
+        for some, seen in self._seen(query):
+            phase = self.reader.phase[:, self.frequency_J[some]].to(torch.complex64)
+            both = torch.view_as_real(torch.cat([z_SJ[:, some] * phase, z_SJ[:, some]], dim=1)).flatten(1)
+            met = torch.view_as_complex(torch.einsum("hml,lx->hmx", gamma, both).unflatten(-1, (-1, 2)).contiguous())
+            with_rope, without = (seen.conj() * part for part in met.chunk(2, dim=-1))
+            with_rope = (with_rope * phase.conj()).real
+            # Re(c f) = c_r f_r - c_i f_i
+            features = torch.stack([without.real, -without.imag], dim=-1)
+            self.right_HJ2[:, some] += torch.einsum("hmjx,hmj->hjx", features, with_rope).double()
+            all_JSX = torch.cat([with_rope.sum(0).T[..., None], features.permute(2, 1, 0, 3).flatten(2)], dim=2)
+            self.gram_JXX[some] += torch.einsum("jsx,jsy->jxy", all_JSX.double(), all_JSX.double())
+
+    def _back_to_scores(self, b: int, value: torch.Tensor, back: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """γ (H, S, S), and what reaches the values (S, G·V)."""
+        weights, broad, slope = self.reader.attend(b)
+        back_heads = back.unflatten(-1, (self.heads.heads, -1))
+        reached = torch.einsum("hml,mhd->lhd", weights, back_heads).unflatten(1, (self.heads.groups, -1)).sum(2)
+        value_heads = value.unflatten(-1, (self.heads.groups, -1))[:, self.group]
+        back_weights = torch.einsum("mhd,lhd->hml", back_heads, value_heads)
+        back_weights -= (broad * back_weights).sum(-1, keepdim=True)
+        return back_weights.mul_(broad).mul_(slope), reached.flatten(1)
+
+    def _seen(self, query: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some pairs at a time, and the queries that meet them: q' (H, S, pairs)."""
+        queries = as_pairs(query.double(), self.heads.heads).transpose(0, 1)
+        step = max(1, _AT_ONCE // (queries.shape[0] * queries.shape[1]))
+        for start in range(0, len(self.frequency_J), step):
+            some = slice(start, start + step)
+            yield some, (queries[..., self.frequency_J[some]] * self.factor_HJ[:, None, some]).to(torch.complex64)
 
     def turn(self) -> torch.Tensor:
         """c (H, J), at most as large as the rotation that it stands for, up to the scale of RoPE."""
-        size = self.normal.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        blocks = self.gram_JXX[:, 1:, 1:].unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        normal = blocks.diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
+        size = normal.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         eye = torch.eye(2, dtype=torch.float64, device=size.device)
-        c = torch.linalg.solve(self.normal + eye * (size * _RIDGE + 1e-300), self.right.unsqueeze(-1)).squeeze(-1)
+        c = torch.linalg.solve(normal + eye * (size * _RIDGE + 1e-300), self.right_HJ2.unsqueeze(-1)).squeeze(-1)
         return torch.view_as_complex(c.contiguous())
 
-    def loss(self, turn_HJ: torch.Tensor, tokens: int) -> torch.Tensor:
-        c = torch.view_as_real(turn_HJ).float()[:, None]
-        total = torch.zeros(turn_HJ.shape[1], dtype=torch.float64, device=turn_HJ.device)
-        for with_rope, features in self.kept:
-            total += (with_rope - (features * c).sum(-1)).sum(0).double().square().sum(0)
-        return total / tokens
+    def loss(self, turn_HJ: torch.Tensor) -> torch.Tensor:
+        """Σ_m (Σ_h a - Σ_h Re(c_h f_h))² / T of each pair."""
+        c_JX = torch.view_as_real(turn_HJ).transpose(0, 1).flatten(1)
+        direction = torch.cat([c_JX.new_ones(len(c_JX), 1), -c_JX], dim=1)
+        return torch.einsum("jx,jxy,jy->j", direction, self.gram_JXX, direction).clamp_min(0) / self.tokens
+
+    def reached(self, b: int, turn_HJ: torch.Tensor) -> torch.Tensor:
+        """What reaches the pairs without RoPE, derivatives by real and imaginary parts, and the values: (S, Y)."""
+        query, _, value, back = self.reader.project(b)
+        gamma, values = self._back_to_scores(b, value, back)
+        found = []
+        for some, seen in self._seen(query) if self.heads.keys else ():
+            met = torch.view_as_real((seen.conj() * turn_HJ[:, None, some].to(seen.dtype)).resolve_conj()).flatten(-2)
+            keys = torch.einsum("hml,hmx->lx", gamma, met).unflatten(-1, (-1, 2))
+            found.append((keys * keys.new_tensor([1.0, -1.0])).flatten(-2))
+        return torch.cat([*found, values], dim=-1)
 
 
-def _pairs_back(gamma: torch.Tensor, seen: torch.Tensor, turn_HJ: torch.Tensor) -> torch.Tensor:
-    """What reaches the pairs without RoPE, (S, 2·J): derivatives by real and imaginary parts."""
-    met = torch.view_as_real((seen.conj() * turn_HJ[:, None].to(seen.dtype)).resolve_conj()).flatten(-2)
-    back = torch.einsum("hml,hmx->lx", gamma, met).double().unflatten(-1, (-1, 2))
-    return (back * back.new_tensor([1.0, -1.0])).flatten(-2)
+def _moments(
+    numbers: Callable[[int], torch.Tensor], reached: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K, S and the weighted mean.
 
-
-def _moments(y: torch.Tensor, back: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K, S and the weighted mean."""
-    metric = back.T @ back / len(back)
+    Args:
+        numbers: y of sequence b, (S, Y) in float64. reached: g of each, float32.
+    """
+    tokens = sum(map(len, reached))
+    metric = sum_of(back.double().T @ back.double() for back in reached) / tokens
     eye = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    whitened = torch.linalg.solve(metric + eye * (metric.diagonal().mean() * 1e-3 + 1e-300), back.T)
-    weight = (whitened.T * back).sum(1) / len(metric)
-    weight = weight.clamp(max=float(weight.mean()) * _MOST)
-    weight = weight / weight.mean()
-    mean = (weight[:, None] * y).mean(0)
-    centred = y - mean
-    return (centred * weight[:, None]).T @ centred / len(y), metric, mean
+    whitening = torch.linalg.lu_factor(metric + eye * (metric.diagonal().mean() * 1e-3 + 1e-300))
+    weights = []
+    for back in reached:
+        whitened = torch.linalg.lu_solve(*whitening, back.double().T)
+        weights.append((whitened.T * back).sum(1) / len(metric))
+    most = float(torch.cat(weights).mean()) * _MOST
+    weights = [weight.clamp(max=most) for weight in weights]
+    whole = sum_of(weight.sum() for weight in weights)
+    mean = sum_of((weight[:, None] * numbers(b)).sum(0) for b, weight in enumerate(weights)) / whole
+
+    def spread(b: int, weight: torch.Tensor) -> torch.Tensor:
+        centred = numbers(b) - mean
+        return (centred * weight[:, None]).T @ centred
+
+    return sum_of(spread(b, weight) for b, weight in enumerate(weights)) / whole, metric, mean
+
+
+def sum_of(parts: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Sum in the first part's memory."""
+    total = next(parts).clone()
+    for part in parts:
+        total += part
+    return total

@@ -4,6 +4,7 @@ from math import prod
 from typing import Any
 
 from .. import cost
+from .demand import demand, disk_bytes
 from .families import CALIBRATION
 from .headers import FLOAT_TYPES, ITEM_SIZE
 from .plan import DTYPE_NAMES, TENSORS_AHEAD, Plan
@@ -13,6 +14,8 @@ from .sources import Source
 BASE_MEMORY = 512 * 1024 * 1024
 # Rate of reading, hashing and writing that the time estimate assumes, bytes a second.
 RATE = 400_000_000
+# Numbers a second that reading calibration text is assumed to compute on a processor.
+FLOPS = 40_000_000_000
 
 
 def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
@@ -20,14 +23,17 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
 
     Returns:
         A dictionary of plain numbers. `layers` has for each layer its parameters, active ones, bytes, bytes read and
-        the cache bytes a token. `memory_peak_bytes` is one layer of the source and the tensors that wait to be written.
+        the cache bytes a token. `memory_peak_bytes` is one layer of the source and the tensors that wait to be written,
+        or what reading calibration text takes; that alone is in `calibration`, None where no text is read.
     """
     item = ITEM_SIZE[next(key for key, name in DTYPE_NAMES.items() if name == plan.config["dtype"])]
     count = cost.parameters(plan.config)
     layers = [_layer(plan, source, layer, item) for layer in range(plan.config["num_hidden_layers"])]
     outside = [t.nbytes + _read_bytes([t], source) for t in plan.tensors() if t.layer is None]
     largest = max(tensor.nbytes for tensor in plan.tensors() if tensor.layer is not None)
-    peak = max([row["read_bytes"] + (1 + TENSORS_AHEAD) * largest for row in layers] + outside) + BASE_MEMORY
+    peak = max([row["read_bytes"] + (1 + TENSORS_AHEAD) * largest for row in layers] + outside)
+    text = demand(plan, source)
+    learning = text.flops / FLOPS if text else 0.0
     heads = source.config["num_key_value_heads"] * 2 * plan.config["v_head_dim"]
     floats = [header for header in source.headers.values() if header.dtype in FLOAT_TYPES]
     source_item = max(ITEM_SIZE[header.dtype] for header in floats)
@@ -49,10 +55,18 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
             "forward_flops_per_token": cost.forward_flops(plan.config, 0),
         },
         "conversion": {
-            "memory_peak_bytes": peak,
-            "disk_bytes": plan.nbytes,
-            "seconds": round((source.nbytes + plan.nbytes) / rate, 1),
+            "memory_peak_bytes": max(peak, text.memory if text else 0) + BASE_MEMORY,
+            "disk_bytes": disk_bytes(plan, source),
+            "seconds": round((source.nbytes + plan.nbytes) / rate + learning, 1),
             "assumed_bytes_per_second": rate,
+            "calibration": text
+            and {
+                "tokens": text.tokens,
+                "memory_bytes": text.memory,
+                "disk_bytes": text.kept + text.scratch,
+                "seconds": round(learning, 1),
+                "assumed_flops_per_second": FLOPS,
+            },
         },
         "layers": layers,
     }

@@ -1,10 +1,12 @@
 """`--attention compress` on whole models: exact at full size, a price that falls as caches grow, caches, resumption."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from dense import random_ids, save_dense
+from safetensors.torch import load_file
 from test_exactness import decode, load_pair
 from transformers import StaticCache
 
@@ -12,6 +14,7 @@ from hf_moe.cost import cache_numbers, cache_widths
 from hf_moe.upcycling import Options, make_plan, open_source, upcycle, verify
 from hf_moe.upcycling import learnt_attention as learnt_module
 from hf_moe.upcycling.convert import partial_folder
+from hf_moe.upcycling.demand import demand, disk_bytes
 from hf_moe.upcycling.summary import summarise
 
 # The tests' models have no tokenizer, so the text is random tokens.
@@ -127,6 +130,34 @@ def test_plan_shows_the_smaller_cache(tmp_path):
     assert half["target"]["cache_bytes_per_token"] * 2 == half["source"]["cache_bytes_per_token"]
     ranks = Options(attention="compress", kv_rank=20, rope_dim=8)
     assert summarise(make_plan(source, ranks), source)["target"]["cache_bytes_per_token"] == 3 * 28 * 4
+
+
+@pytest.mark.parametrize("choices", [{"cache_ratio": 0.6}, {"cache_ratio": 0.6, "mode": "cluster", "experts": 4}])
+def test_plan_counts_what_is_learnt(tmp_path, monkeypatch, choices):
+    source = open_source(save_dense(tmp_path / "dense", "qwen2"))
+    options = {**TEXT, **choices}
+    del options["progress"]
+    plan = make_plan(source, Options(**options))
+    found, run = demand(plan, source), summarise(plan, source)["conversion"]
+    assert run["calibration"]["tokens"] == found.tokens >= 1024
+    assert run["memory_peak_bytes"] > found.memory > 0
+    assert run["disk_bytes"] == disk_bytes(plan, source) >= plan.nbytes + found.kept
+    twice = demand(make_plan(source, Options(**options | {"calibration_tokens": 2048})), source)
+    assert found.flops < twice.flops < 2.1 * found.flops
+    # Of the text only states stay in memory: a few numbers for each token, and of experts those of the neurons.
+    assert (twice.memory - found.memory) / 1024 < 4 * (4 * 48 + 100 + 6 * 96)
+
+    usage, free = shutil.disk_usage(tmp_path), plan.nbytes + 64 * 1024 * 1024
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+        with pytest.raises(
+            OSError, match=f"{disk_bytes(plan, source) + 64 * 1024 * 1024:,} bytes needed, {free:,} free"
+        ):
+            upcycle(source.path, tmp_path / "moe", **TEXT | choices)
+    target = upcycle(source.path, tmp_path / "moe", **TEXT | choices)
+    stored = [tensor for path in target.glob("calibration*.safetensors") for tensor in load_file(path).values()]
+    # The plan's layers are alike; the budget's are not, and may leave a number unspent.
+    assert sum(tensor.nbytes for tensor in stored) == pytest.approx(found.kept, rel=0.1)
 
 
 @pytest.mark.parametrize(

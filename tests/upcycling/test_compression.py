@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from hf_moe.upcycling import statistics as statistics_module
 from hf_moe.upcycling.budget import Candidate, allocate, frontier, uniform
 from hf_moe.upcycling.factors import Weights, candidates, compress_layer, factor, latent_rows, refit
 from hf_moe.upcycling.rotation import Rotation, as_pairs, counter_rotated, gather, root_of, shared_keys, unrotated
-from hf_moe.upcycling.statistics import Heads, Statistics
+from hf_moe.upcycling.statistics import Heads, Reader, Statistics, measure
 
 H, G, F, V, D = 6, 3, 4, 8, 40
 HEADS = Heads(H, G, keys=True)
@@ -147,6 +148,59 @@ def test_keys_that_stay_leave_the_values_alone():
     assert tensors["q_proj"] is weights.query
     assert torch.equal(tensors["kv_a_proj_with_mqa"][5:], weights.key)
     assert tensors["kv_b_proj"].shape == (H * V, 5)
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+def test_moments_are_those_of_gradients_of_the_whole_text(monkeypatch, rotate):
+    """γ and what reaches keys and values by autograd; c and the losses by least squares over all tokens at once."""
+    torch.manual_seed(3)
+    monkeypatch.setattr(statistics_module, "_AT_ONCE", H * 9 * 5)
+    B, S = 3, 9
+    query, key, value, back = (torch.randn(B, S, n) for n in (H * 2 * F, G * 2 * F, G * V, H * V))
+    phase = torch.polar(torch.ones(S, F), torch.arange(S)[:, None] * torch.rand(F))
+    scores = torch.randn(B, H, S, S).double() + torch.full((S, S), -1e9).triu(1)
+    scores.requires_grad_()
+    weights, values = scores.softmax(-1), value.double().requires_grad_()
+    heads_of_values = values.unflatten(-1, (G, V))[:, :, HEADS.group]
+    out = torch.einsum("bhml,blhd->bmhd", weights, heads_of_values).flatten(2)
+    gamma, values_back = torch.autograd.grad((out * back).sum(), (scores, values))
+
+    reader = Reader(
+        B,
+        lambda b: (query[b], key[b], value[b], back[b]),
+        lambda b: (weights[b].detach().float(), weights[b].detach().float(), torch.ones(())),
+        phase,
+    )
+    found = measure(HEADS, reader, rotate)
+    z = torch.einsum("fjg,bsgf->bsfj", found.rotation.into, as_pairs(key.double(), G)).flatten(2)
+    factor = found.rotation.out[:, HEADS.group].conj().transpose(0, 1).flatten(1)
+    seen = as_pairs(query.double(), H).repeat_interleave(G, dim=3) * factor
+    turned = phase.repeat_interleave(G, dim=1).to(z.dtype)
+    with_rope = torch.einsum("bhml,bmhj,mj,blj,lj->bmhj", gamma.to(z.dtype), seen.conj(), turned.conj(), z, turned).real
+    without = torch.einsum("bhml,bmhj,blj->bmhj", gamma.to(z.dtype), seen.conj(), z)
+    for h in range(H):
+        for j in range(F * G):
+            rows = torch.stack([without[..., h, j].real, -without[..., h, j].imag], dim=-1).flatten(0, 1)
+            c = torch.linalg.lstsq(rows, with_rope[..., h, j].flatten()).solution
+            assert abs(torch.complex(*c) - found.turn_HJ[h, j]) <= 1e-4
+    lost = (with_rope - (without * found.turn_HJ).real).sum(2).square().sum((0, 1)) / (B * S)
+    assert ((lost - found.without_rope_J).abs() <= 1e-5 * lost.max()).all()
+
+    parts = torch.view_as_real(z).flatten(2).requires_grad_()
+    pairs = torch.view_as_complex(parts.unflatten(-1, (-1, 2)))
+    score = torch.einsum("bmhj,hj,blj->bhml", seen.conj(), found.turn_HJ, pairs).real
+    (keys_back,) = torch.autograd.grad((score * gamma).sum(), parts)
+    reached = torch.cat([keys_back, values_back], dim=-1).flatten(0, 1)
+    metric = reached.T @ reached / len(reached)
+    assert (found.metric_YY - metric).abs().max() <= 1e-5 * metric.abs().max()
+    ridge = torch.eye(len(metric)) * metric.diagonal().mean() * 1e-3
+    weight = (torch.linalg.solve(metric + ridge, reached.T).T * reached).sum(1)
+    weight = weight / weight.sum()
+    y = torch.cat([parts.detach(), value.double()], dim=-1).flatten(0, 1)
+    mean = weight @ y
+    assert (found.mean_Y - mean).abs().max() <= 1e-4 * y.abs().max()
+    covariance = ((y - mean) * weight[:, None]).T @ (y - mean)
+    assert (found.covariance_YY - covariance).abs().max() <= 1e-4 * covariance.abs().max()
 
 
 def test_output_is_fitted_by_least_squares():

@@ -158,6 +158,21 @@ def test_bfloat16_is_carried_by_smaller_constants(tmp_path):
     assert (theirs(ids).logits - ours(ids).logits).abs().max() <= 1e-5
 
 
+def test_compressed_bfloat16_comes_back_to_the_bit(tmp_path):
+    """Its position-free queries are scaled on the way out, which bfloat16 cannot hold."""
+    source = save_dense(tmp_path / "dense", dtype=torch.bfloat16)
+    choices = {"attention": "compress", "cache_ratio": 0.5, "calibration_tokens": 512, "experts": 1}
+    folder = upcycle(source, tmp_path / "moe", progress=False, **choices)
+    out = export(folder, tmp_path / "theirs", "deepseek_v3", progress=False)
+    assert {tensor.dtype for key, tensor in state(out).items() if "q_proj" in key} == {torch.float32}
+    first, again = state(folder), state(import_mixture(out, tmp_path / "back", progress=False))
+    # Beside the weights stands what was learnt, in float32.
+    assert again.keys() == {key for key in first if not key.startswith("layers.")}
+    for key in again:
+        assert first[key].dtype == again[key].dtype, key
+        assert torch.equal(first[key], again[key]), key
+
+
 @torch.no_grad()
 def test_trained_stock_model_comes_back_as_it_is(tmp_path):
     """Where zeros were trained away the exported form is gone; the import is then any DeepSeek-V3's."""

@@ -9,7 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
+import torch
 from dense import save_dense
+from safetensors.torch import load_file, save_file
+from test_packed import pack_folder
 
 from hf_moe.upcycling import Options, make_plan, open_source
 from hf_moe.upcycling.summary import summarise
@@ -90,6 +93,28 @@ def test_headers_are_fetched_and_weights_are_not(hub, tmp_path, shards):
     assert len(weights) == (1 if shards == "1GB" else 3)
     # Of each file its beginning, which is longer than the header.
     assert all(0 < hub.sent[name] <= 110_000 < size for name, size in weights.items())
+
+
+def test_biases_that_a_packer_added_are_left_out(hub, tmp_path):
+    folder = save_dense(tmp_path / "dense")
+    pack_folder(folder, "gptq")
+    stored = load_file(folder / "model.safetensors")
+    for name in [name for name in stored if name.endswith("scales")]:
+        stored[name.replace("scales", "bias")] = torch.zeros(stored[name].shape[1])
+    save_file(stored, folder / "model.safetensors")
+    result = plan(hub, tmp_path, "owner/name")
+    assert result.returncode == 0, result.stderr
+    opened = open_source(folder)
+    assert json.loads(result.stdout)["layers"] == summarise(make_plan(opened, Options()), opened)["layers"]
+
+    # One that adds something is no packer's.
+    stored["model.layers.0.mlp.up_proj.bias"][-1] = 1.0
+    save_file(stored, folder / "model.safetensors")
+    result = plan(hub, tmp_path, "owner/name")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "Error: model.layers.0.mlp.up_proj.bias is no tensor of LlamaForCausalLM, and would be lost\n"
+    )
 
 
 def test_repository_without_a_configuration_is_one_sentence(hub, tmp_path):
