@@ -64,16 +64,16 @@ class StandInNorm(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The class is made at run time, so that a pickle names what it is made of."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _blank, (type(self).__bases__[1], self.rounds), *state
+        found: Any = super().__reduce_ex__(protocol)
+        return _blank, (type(self).__bases__[1], self.rounds), *found[2:]
 
 
 @functools.cache
-def _stand_in(kind: type, rounds: bool) -> type:
+def _stand_in(kind: Any, rounds: bool) -> Any:
     return type(kind.__name__, (StandInNorm, kind), {"rounds": rounds, "__module__": kind.__module__})
 
 
-def _blank(kind: type, rounds: bool) -> nn.Module:
+def _blank(kind: Any, rounds: bool) -> Any:
     found = _stand_in(kind, rounds)
     return found.__new__(found)
 
@@ -88,7 +88,8 @@ def rounding_of(module: nn.Module) -> bool | None:
 
     Its class says so by the numbers that it computes: there are dozens of copies, and some multiply by 1 + weight.
     """
-    kind, weight = type(module), getattr(module, "weight", None)
+    kind: Any = type(module)
+    weight = getattr(module, "weight", None)
     if (
         "RMSNorm" not in kind.__name__
         or not kind.forward.__module__.startswith("transformers.models.")
@@ -114,10 +115,12 @@ def rounding_of(module: nn.Module) -> bool | None:
 
 def stand_in(model: nn.Module) -> None:
     """Give the norms of a model these kernels, and its causal language models this loss; others stay as they are."""
+    module: Any
     for module in model.modules():
         rounds = rounding_of(module)
         if rounds is not None:
-            module.__class__ = _stand_in(type(module), rounds)
+            kind: Any = type(module)
+            module.__class__ = _stand_in(kind, rounds)
         # A base model has no loss, and warns when it is asked.
         has_loss = isinstance(module, PreTrainedModel) and module.loss_type in LOSS_MAPPING
         if has_loss and module.loss_function is ForCausalLMLoss:
@@ -126,6 +129,7 @@ def stand_in(model: nn.Module) -> None:
 
 def step_back(model: nn.Module) -> None:
     """Undo `stand_in`."""
+    module: Any
     for module in model.modules():
         if isinstance(module, StandInNorm):
             module.__class__ = type(module).__bases__[1]
