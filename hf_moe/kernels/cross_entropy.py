@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .differentiable import register_gradient
 from .layer import implement
 from .tuning import cdiv, power_of_2
 
@@ -117,7 +118,7 @@ torch.library.register_fake("hf_moe::cross_entropy", _forward_fake, lib=_library
 torch.library.register_fake(
     "hf_moe::cross_entropy_backward", lambda dloss, logits, *_: logits.new_empty(logits.shape), lib=_library
 )
-torch.library.register_autograd("hf_moe::cross_entropy", _autograd, setup_context=_setup, lib=_library)
+register_gradient("cross_entropy", _autograd, _setup, _library)
 
 
 def cross_entropy(logits_TV: Tensor, target_T: Tensor, ignore_index: int = -100) -> Tensor:

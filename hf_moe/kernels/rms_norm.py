@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .descriptors import processors
+from .differentiable import register_gradient
 from .layer import implement
 from .tuning import cdiv, power_of_2
 
@@ -165,7 +166,7 @@ implement("rms_norm")(_forward)
 implement("rms_norm_backward")(_backward)
 torch.library.register_fake("hf_moe::rms_norm", _forward_fake, lib=_library)
 torch.library.register_fake("hf_moe::rms_norm_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("hf_moe::rms_norm", _autograd, setup_context=_setup, lib=_library)
+register_gradient("rms_norm", _autograd, _setup, _library)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, rounds: bool = True) -> Tensor:
