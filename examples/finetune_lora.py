@@ -16,8 +16,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_moe import HfMoeConfig, HfMoeForCausalLM
-from hf_moe.kernels.experts import accelerate
+from hf_moe import HfMoeConfig, HfMoeForCausalLM, accelerate
 from hf_moe.training.lora import PRESETS, load_lora, lora_config
 
 
@@ -42,7 +41,7 @@ def tiny() -> tuple[Any, list[int]]:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, list[int]]:
-    """The frozen model, in half precision on a GPU, with its experts on our kernels; and the text."""
+    """The frozen model, in half precision on a GPU, on our kernels; and the text."""
     if options.tiny:
         model, ids = tiny()
     else:

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from .kernels.experts import accelerate
+from .kernels.experts import accelerate, restore
 from .kernels.experts import register as register_experts
 from .kernels.inference import register as register_inference
 from .model import (
@@ -67,4 +67,5 @@ __all__ = [
     "HfMoeForTokenClassification",
     "HfMoeModel",
     "accelerate",
+    "restore",
 ]

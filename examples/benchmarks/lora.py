@@ -3,8 +3,9 @@
     python examples/benchmarks/lora.py
 
 Our gradients of A, B and x are checked against float32 first. A row is {case, impl, pass, ms, peak_mib}: impl "hf_moe"
-or "peft"; pass "layer" (forward and backward of one expert layer) or "step" (a model's, with AdamW on the adapters). In
-the case "…-compiled" torch.compile has fused what the two steps have in common, attention, norms and loss, in both.
+or "peft"; pass "layer" (forward and backward of one expert layer) or "step" (a model's, with AdamW on the adapters).
+Ours is the model after `hf_moe.accelerate`, as its users have it; peft's is as Transformers loads it. In the case
+"…-compiled" torch.compile has fused what the two steps have in common, attention, norms and loss, in both.
 Beside them, for scale: "hf_moe_full" trains the expert weights, "hf_moe_attention" has LoRA on attention alone,
 "summed_hf_moe" sums the weights as peft does and gives them to our kernels.
 Results go to examples/benchmarks/results/lora-<gpu>.json.
@@ -26,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from hf_moe import accelerate
 from hf_moe.kernels.layer import experts
 from hf_moe.kernels.lora import experts_lora
 from hf_moe.training.lora import lora_config
@@ -174,7 +176,10 @@ def compile_common(model: OlmoeForCausalLM) -> None:
 def step_row(impl: str, budget_ms: float, compiled: bool = False) -> dict:
     torch.compiler.reset()
     base = olmoe(4)
-    base.set_experts_implementation("grouped_mm" if impl == "peft" else "hf_moe_triton")
+    if impl == "peft":
+        base.set_experts_implementation("grouped_mm")
+    else:
+        accelerate(base)
     preset = "attention" if impl == "hf_moe_attention" else "experts"
     config = plain_config() if impl == "peft" else lora_config(preset, model=base, r=RANK)
     model = get_peft_model(base, config)

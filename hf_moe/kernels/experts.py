@@ -13,6 +13,8 @@ from transformers import activations as hf_activations
 from transformers.integrations import moe as hf_moe_integration
 from transformers.utils import logging
 
+from . import stand_ins
+
 if TYPE_CHECKING:
     from .gating import Gating
 
@@ -172,12 +174,16 @@ def register() -> None:
 def accelerate(model: Model, *, recompute: bool = False) -> Model:
     """Switch a loaded mixture-of-experts model of Transformers to these kernels, in place.
 
+    Its experts, its root-mean-square norms and, if it is a causal language model, its loss: the same numbers, without
+    the copies in fp32 that autograd keeps. A norm with another formula, a hook or a forward of its own stays as it is,
+    as does a loss that was set by hand. `torch.compile` sees norms and loss as Transformers wrote them.
+
     Args:
         model: a `PreTrainedModel` with experts, or a module that holds one (a peft or compiled wrapper).
         recompute: keep only the experts' input for the backward and run the first projection again there: less memory,
             and 22 of its operations for every 18.
     Returns:
-        model itself; its weights are untouched, and `model.set_experts_implementation("grouped_mm")` switches back.
+        model itself; its weights are untouched, and `restore` undoes it.
     Raises:
         ValueError: the model has no experts that Transformers can switch.
     """
@@ -190,7 +196,8 @@ def accelerate(model: Model, *, recompute: bool = False) -> Model:
             "both must be at least 1 for there to be something to accelerate"
         )
     for host in hosts:
-        if host._can_set_experts_implementation():
+        if host._can_set_experts_implementation() and host.config._experts_implementation != NAME:
+            host.hf_moe_before = host.config._experts_implementation
             host.set_experts_implementation(NAME)
     stuck = {type(m).__name__ for m in experts if m.config._experts_implementation != NAME}
     if stuck:
@@ -199,4 +206,19 @@ def accelerate(model: Model, *, recompute: bool = False) -> Model:
         )
     for module in experts:
         module.hf_moe_recompute = recompute
+    stand_ins.stand_in(model)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `accelerate`, in place: experts, norms and loss are what they were.
+
+    Returns:
+        model itself, also when it never was accelerated.
+    """
+    stand_ins.step_back(model)
+    for module in model.modules():
+        module.__dict__.pop("hf_moe_recompute", None)
+        if isinstance(module, PreTrainedModel) and (before := module.__dict__.pop("hf_moe_before", None)):
+            module.set_experts_implementation(before)
     return model

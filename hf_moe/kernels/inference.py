@@ -1,4 +1,4 @@
-"""What our model looks up for inference: attention on latents in Transformers' registry, the rest in its own, `FUSED`.
+"""What our model looks up: attention on latents and its loss in Transformers' registries, the rest in its own, `FUSED`.
 
 Triton is imported at the first call.
 """
@@ -9,22 +9,31 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.absorbed_hf_moe import LATENT_ATTENTION
-from ..model.fused_hf_moe import FUSED
+from ..model.fused_hf_moe import FUSED, WITH_GRADIENT
 from . import tuning
 from .experts import known_activation
+from .stand_ins import causal_lm_loss
 
 # From here on a product over all tokens beats one that reads the router's weight once a token.
 _FEW_TOKENS = 64
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, rounds: bool = True) -> torch.Tensor:
     """See `rms_norm.rms_norm`."""
     from .rms_norm import rms_norm
 
-    return rms_norm(x, weight, eps)
+    return rms_norm(x, weight, eps, rounds)
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """See `cross_entropy.cross_entropy`."""
+    from .cross_entropy import cross_entropy
+
+    return cross_entropy(logits, target, ignore_index)
 
 
 def add_rms_norm(
@@ -137,5 +146,7 @@ def _on_its_device(function: Callable) -> Callable:
 def register() -> None:
     """Enter the functions above under their names."""
     ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION, latent_attention)
-    functions = rms_norm, add_rms_norm, latent_entry, expert_choice, few_rows_linear, gated_mlp
+    LOSS_MAPPING.setdefault("HfMoeForCausalLM", causal_lm_loss)
+    functions = rms_norm, cross_entropy, add_rms_norm, latent_entry, expert_choice, few_rows_linear, gated_mlp
     FUSED.update({function.__name__: _on_its_device(function) for function in functions})
+    WITH_GRADIENT.update(("rms_norm", "cross_entropy"))

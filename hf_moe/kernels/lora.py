@@ -12,6 +12,7 @@ from torch import Tensor
 from .adapted_gating import AdaptedGatingGradient, adapted_gating_gradient
 from .combine import combine, spread
 from .descriptors import dense_rows, dense_side
+from .differentiable import register_gradient
 from .gating import Gating, gating_gradient
 from .grouped_linear import Adapter, grouped_linear
 from .layer import Plan, implement
@@ -225,7 +226,7 @@ implement("experts_lora")(_forward)
 implement("experts_lora_backward")(_backward)
 torch.library.register_fake("hf_moe::experts_lora", _forward_fake, lib=_library)
 torch.library.register_fake("hf_moe::experts_lora_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("hf_moe::experts_lora", _autograd, setup_context=_setup, lib=_library)
+register_gradient("experts_lora", _autograd, _setup, _library)
 
 
 def experts_lora(

@@ -215,9 +215,17 @@ def latent_decode_packed(
     return torch.cat(outs, dim=2 if options.get("value_HVC") is None else 1)
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, rounds: bool = True) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight_D * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight_D * unit.to(x.dtype) if rounds else (weight_D * unit).to(x.dtype)
+
+
+def cross_entropy(logits_TV: Tensor, target_T: Tensor, ignore_index: int = -100) -> Tensor:
+    """-log softmax(logits)[target]; 0 where the target is ignore_index."""
+    ignored = target_T == ignore_index
+    log_TV = logits_TV.log_softmax(-1)
+    return -log_TV.gather(1, target_T.masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0.0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:

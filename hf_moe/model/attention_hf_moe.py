@@ -37,8 +37,7 @@ class HfMoeRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        same = hidden_states.dtype == self.weight.dtype
-        if same and (kernel := fused("rms_norm", hidden_states, self.weight)):
+        if kernel := fused("rms_norm", hidden_states, self.weight):
             return kernel(hidden_states, self.weight, self.variance_epsilon)
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)

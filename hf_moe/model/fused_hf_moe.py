@@ -1,4 +1,4 @@
-"""Kernels for inference on a GPU that the `hf_moe` package registers; the plain PyTorch beside each call is its truth.
+"""Kernels for a GPU that the `hf_moe` package registers; the plain PyTorch beside each call is its truth.
 
 A folder from the Hub works without the package: then nothing is registered, and the plain form runs.
 """
@@ -10,19 +10,24 @@ import torch
 
 # name → function; its arguments are those at the call.
 FUSED: dict[str, Callable] = {}
+# Names of those that have a gradient, and do under autocast what the plain form does.
+WITH_GRADIENT: set[str] = set()
 
 
 def fused(name: str, *tensors: torch.Tensor | None) -> Callable | None:
     """The kernel registered under this name, where it gives what the plain form would for these tensors.
 
-    It has no gradient and is opaque to a tracer, takes ordinary tensors of one of three dtypes, and knows no autocast.
+    It is opaque to a tracer, takes ordinary tensors of one of three dtypes and, unless it is in WITH_GRADIENT, has no
+    gradient and knows no autocast.
     """
     kernel = FUSED.get(name)
-    if kernel is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if kernel is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if name not in WITH_GRADIENT and (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")):
         return None
     first = tensors[0]
     assert first is not None
-    if first.device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+    if first.device.type != "cuda":
         return None
     for tensor in tensors:
         if tensor is not None and not (

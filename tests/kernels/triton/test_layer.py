@@ -166,6 +166,7 @@ def filled_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning")
 def test_the_operators_agree_with_their_fakes(filled_memory):
     shape = NAMED["plain"]
     tensors = {name: t.requires_grad_() for name, t in inputs(shape, torch.float32).items()}
