@@ -14,6 +14,7 @@ from torch import Tensor
 from . import small_batch, tuning
 from .combine import combine, spread
 from .descriptors import dense_rows, dense_side
+from .differentiable import register_gradient
 from .gating import Gating, gating_gradient
 from .grouped_linear import grouped_linear
 from .routing import Routing, route, tile_capacity
@@ -221,7 +222,7 @@ implement("experts_backward")(_experts_backward)
 torch.library.register_fake("hf_moe::experts", _experts_fake, lib=_library)
 torch.library.register_fake("hf_moe::experts_inference", lambda x, *_: x.new_empty(x.shape), lib=_library)
 torch.library.register_fake("hf_moe::experts_backward", _experts_backward_fake, lib=_library)
-torch.library.register_autograd("hf_moe::experts", _experts_autograd, setup_context=_experts_setup, lib=_library)
+register_gradient("experts", _experts_autograd, _experts_setup, _library)
 
 
 def experts(
@@ -340,9 +341,7 @@ torch.library.register_fake(
     ),
     lib=_library,
 )
-torch.library.register_autograd(
-    "hf_moe::grouped_linear", _grouped_linear_autograd, setup_context=_grouped_linear_setup, lib=_library
-)
+register_gradient("grouped_linear", _grouped_linear_autograd, _grouped_linear_setup, _library)
 
 
 def experts_with_gate(x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED, *, gate) -> Tensor:
