@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .divergence import Head, divergence, divergence_of_logits
 from .uniform import can_be_padded, copy_back, padded
@@ -278,16 +277,32 @@ def heal(
         compiled=on_gpu,
     )
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(checkpoints) if resume and checkpoints.is_dir() else None
-    with compiled_layers(trained, source) if on_gpu else _as_is():
-        trainer.train(resume_from_checkpoint=last)
+    last, state = last_checkpoint(checkpoints) if resume else (None, trainer.state)
+    if state.global_step < steps:
+        with compiled_layers(trained, source) if on_gpu else _as_is():
+            trainer.train(resume_from_checkpoint=last)
+        state = trainer.state
+    else:
+        # Trainer would take one step more.
+        finished = type(trained).from_pretrained(str(last), dtype=trained.dtype)
+        trained.load_state_dict(finished.state_dict())
     for name, parameter in trained.named_parameters():
         parameter.requires_grad_(frozen[name])
     if trained is not model:
         copy_back(trained, model)
     per_step = options.batch * options.length
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry and entry["step"] <= steps]
-    return [[entry["step"] * per_step, entry["loss"]] for entry in logged]
+    return [[entry["step"] * per_step, entry["loss"]] for entry in state.log_history if "loss" in entry]
+
+
+def last_checkpoint(folder: Path) -> tuple[str | None, TrainerState]:
+    """The newest of Trainer's checkpoints that was written to its end, and its state; None and a new one of none."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            # What Trainer writes last.
+            return str(path), TrainerState.load_from_json(str(path / "trainer_state.json"))
+        except (OSError, ValueError):
+            continue
+    return None, TrainerState()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..cost import cache_widths
 from .ledger import read_ledger
-from .options import MODES
+from .options import ATTENTIONS, MODES
 from .plan import Plan
 from .sources import Source
 
@@ -15,23 +15,19 @@ license: {license}
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- mixture-of-experts
-- latent-attention
+{tags}- latent-attention
 - hf_moe
 {base_model}---
 
 # {title}
 
-A latent-attention mixture of experts, made from {sources} by `hf_moe`.{left_out}
+{kind}, made from {sources} by `hf_moe`.{left_out}
 
 | | |
 |---|---|
 | parameters | {parameters:,} |
-| layers | {layers}, of which {sparse} with experts |
-| experts | {experts}, of which {top_k} for each token{shared} |
-| cache | {cache} |
-| mode | `{mode}`: {explanation} |
-| attention | `{attention}` |
+{table}| cache | {cache} |
+| attention | `{attention}`: {attention_explanation} |
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,16 +42,23 @@ Made with
 {command}
 ```
 
-`provenance.json` names, for every tensor, the source tensors it was made of and the SHA-256 of both.
-`certificate.json`, where present, holds the measured differences from the source (`hf-moe verify`).
+{proof}
 
 {measured}
 ## Licence
 
 {license_note}
 """
+_PROOF = """`provenance.json` names, for every tensor, the source tensors it was made of and the SHA-256 of both.
+`certificate.json`, where present, holds the measured differences from the source (`hf-moe verify`)."""
+_EXCHANGE_PROOF = """`provenance.json` names, for every tensor, the rule and the source
+tensors it was made of and the SHA-256 of both."""
+_HEALED_PROOF = """`healing.json` holds what was measured and the settings. The weights have been trained: no byte of
+theirs can be traced to the source's any more."""
+_PRICE, _THIS = "## Price of the smaller cache", "| | exact attention | this model |"
 # What `verify` measured stands between these; it is replaced each time.
 _BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
+_LICENCE = "## Licence"
 
 
 def write_card(plan: Plan, source: Source, folder: Path) -> None:
@@ -63,7 +66,7 @@ def write_card(plan: Plan, source: Source, folder: Path) -> None:
     license_name = source.license()
     # The Hub links base models by id and refuses a revision there; the card's text names it.
     known = [each.location.partition("@")[0] for each in source.branches if each.revision]
-    config = plan.config
+    config, sparse = plan.config, "sparse" in plan.config["mlp_layer_types"]
     name = folder.name.removeprefix(".").removesuffix(".partial")
     text = _CARD.format(
         license=license_name or "other",
@@ -73,20 +76,30 @@ def write_card(plan: Plan, source: Source, folder: Path) -> None:
         sources=" and ".join(map(_described, source.branches)),
         left_out=_left_out(source),
         parameters=plan.parameters,
-        layers=config["num_hidden_layers"],
-        sparse=config["mlp_layer_types"].count("sparse"),
-        experts=config["n_routed_experts"],
-        top_k=config["num_experts_per_tok"],
-        shared=f", and {config['n_shared_experts']} for all" if config["n_shared_experts"] else "",
+        tags="- mixture-of-experts\n" if sparse else "",
+        kind="A mixture of experts with latent attention" if sparse else "A dense model with latent attention",
+        table=_mixture(plan) if sparse else f"| layers | {config['num_hidden_layers']} |\n",
         cache=_cache(config),
-        mode=plan.options.mode,
-        explanation=MODES[plan.options.mode],
         attention=plan.options.attention,
+        attention_explanation=ATTENTIONS[plan.options.attention],
+        proof=_PROOF,
         command=command_line(plan, source, name),
         measured=f"{_price(plan, folder)}{_BEGIN}\n{_END}\n",
         license_note=license_note(source),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _mixture(plan: Plan) -> str:
+    """Rows of the card's table."""
+    config, mode = plan.config, plan.options.mode
+    shared = f", and {config['n_shared_experts']} for all" if config["n_shared_experts"] else ""
+    sparse = config["mlp_layer_types"].count("sparse")
+    return (
+        f"| layers | {config['num_hidden_layers']}, of which {sparse} with experts |\n"
+        f"| experts | {config['n_routed_experts']}, of which {config['num_experts_per_tok']} for each token{shared} |\n"
+        f"| mode | `{mode}`: {MODES[mode]} |\n"
+    )
 
 
 def _left_out(source: Source) -> str:
@@ -106,8 +119,7 @@ tags:
 
 # {title}
 
-{source}, written as a `{kind}` model by `hf_moe`. `provenance.json` names, for every tensor, the rule and the source
-tensors it was made of and the SHA-256 of both.
+{source}, written as a `{kind}` model by `hf_moe`. {proof}
 
 ## Licence
 
@@ -123,6 +135,7 @@ def write_exchange_card(source: Source, kind: str, folder: Path) -> None:
         title=folder.name.removeprefix(".").removesuffix(".partial"),
         source=_described(source),
         kind=kind,
+        proof=_EXCHANGE_PROOF,
         license_note=license_note(source),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -148,17 +161,15 @@ def _price(plan: Plan, folder: Path) -> str:
     model, exact = ledger["model"], ledger["exact"]
     share = ledger["cache_numbers"] / ledger["cache_numbers_source"]
     rows = [
-        ("cache", "100 %", f"{share:.1%}"),
+        ("cache", f"{1:.1%}", f"{share:.1%}"),
         ("KL from the source, nats a token", f"{exact['kl']:.4f}", f"{model['kl']:.4f}"),
         ("same most likely token", f"{exact['top1']:.2%}", f"{model['top1']:.2%}"),
         ("perplexity", f"{exact['ppl']:.3f}", f"{model['ppl']:.3f}"),
     ]
     return (
-        "## Price of the smaller cache\n\n"
+        f"{_PRICE}\n\n"
         f"On {ledger['tokens_measured']:,} tokens that nothing was learnt from; layers in `ledger.json`.\n\n"
-        "| | exact attention | this model |\n|---|---|---|\n"
-        + "".join(f"| {name} | {a} | {b} |\n" for name, a, b in rows)
-        + "\n"
+        f"{_THIS}\n|---|---|---|\n" + "".join(f"| {name} | {a} | {b} |\n" for name, a, b in rows) + "\n"
     )
 
 
@@ -197,15 +208,19 @@ def add_measurements(folder: Path, certificate: dict[str, Any]) -> None:
     path.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{rest.split(_END, 1)[1]}", encoding="utf-8")
 
 
-def add_healing(folder: Path, record: dict[str, Any]) -> None:
-    """Put what healing has measured before the card's licence; what `verify` measured of the older weights goes."""
+def add_healing(folder: Path, record: dict[str, Any], command: str) -> None:
+    """Put what healing has measured before the card's licence; what was true of the older weights only is said so."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if "## Licence" not in text:
+    if _LICENCE not in text:
         return
     if _BEGIN in text and _END in text:
         before, rest = text.split(_BEGIN, 1)
         text = f"{before}{_BEGIN}\n{_END}{rest.split(_END, 1)[1]}"
+    for proof in (_PROOF, _EXCHANGE_PROOF):
+        text = text.replace(proof, _HEALED_PROOF)
+    text = text.replace(f"{_PRICE}\n", f"{_PRICE}, before healing\n")
+    text = text.replace(_THIS, _THIS.replace("this model", "before healing"))
     settings, before, after = record["settings"], record["before"], record["after"]
     rows = [
         ("KL from the source, nats a token", f"{before['kl']:.4f}", f"{after['kl']:.4f}"),
@@ -216,16 +231,21 @@ def add_healing(folder: Path, record: dict[str, Any]) -> None:
         [
             "## Healed",
             "",
-            f"Trained on {settings['tokens']:,} tokens towards the source's distribution ({settings['train']}); "
-            f"measured on {after['tokens']:,} tokens that it was not trained on.",
+            f"Trained on {settings['tokens']:,} tokens, of a text that has {settings['text_tokens']:,}, towards the "
+            f"source's distribution ({settings['train']} weights); measured on {after['tokens']:,} tokens held out.",
             "",
             "| | before | after |",
             "|---|---|---|",
             *(f"| {name} | {a} | {b} |" for name, a, b in rows),
+            "",
+            "```",
+            command,
+            "```",
         ]
     )
-    text = text.split("## Healed")[0] + "## Licence" + text.split("## Licence")[1] if "## Healed" in text else text
-    path.write_text(text.replace("## Licence", f"{table}\n\n## Licence"), encoding="utf-8")
+    above, licence, below = text.partition(_LICENCE)
+    # Of an earlier healing nothing is left.
+    path.write_text(f"{above.partition('## Healed')[0]}{table}\n\n{licence}{below}", encoding="utf-8")
 
 
 def command_line(plan: Plan, source: Source, name: str) -> str:

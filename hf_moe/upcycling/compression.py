@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..model.attention_hf_moe import HfMoeAttention
+from .agreement import agreement, divergences
 from .budget import Candidate
 from .factors import Latent, Weights, by_loss, candidates, compress_layer, factor, latent_rows, refit
 from .layerwise import Passage
@@ -26,7 +27,6 @@ from .widths import Width
 
 # Towards the unfitted output projection; of the mean square of what it reads. Of 1e-4 and 1e-2, measured, the better.
 _RIDGE = 1e-2
-_CHUNK = 512
 Advance = Callable[[int], None]
 
 
@@ -100,10 +100,9 @@ def survey(
 
     final = source.dense.run(text.ids, visit, advance)[-1]
     scaled = []
-    for probe, reference, layer in zip(probes, references, found, strict=True):
+    for kl, reference, layer in zip(divergences(source.dense, final, probes), references, found, strict=True):
         # In float32 a layer that loses nothing may measure nothing, or less.
-        kl = max(agreement(source, [final], [probe])["kl"], 1e-9)
-        scale = kl / reference.damage if reference.damage > 0 else 1.0
+        scale = max(kl, 1e-9) / reference.damage if reference.damage > 0 else 1.0
         scaled.append([replace(candidate, damage=candidate.damage * scale) for candidate in layer])
     return Survey(scaled, folder)
 
@@ -239,7 +238,7 @@ class Builder:
         """After the last layer, whose outputs in the source are given."""
         measured = self.text.measured
         ids = self.text.ids[measured].to(final[0].device)
-        return Built(self.widths, self.rows, agreement(self.source, final[measured], self.stream[measured], ids))
+        return Built(self.widths, self.rows, agreement(self.source.dense, final[measured], self.stream[measured], ids))
 
 
 def fitted(output: torch.Tensor, examples: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -296,31 +295,3 @@ def _ledger_row(statistics: Statistics, size: Candidate, made: Layer, layer: int
         "predicted_tail": made.latent.tail,
         "predicted_without_rope": float(statistics.without_rope_J.sum() - statistics.without_rope_J[made.kept].sum()),
     }
-
-
-def agreement(
-    source: SourceAttention, exact: list[torch.Tensor], other: list[torch.Tensor], ids: torch.Tensor | None = None
-) -> dict[str, float]:
-    """KL from the source in nats a token, share of equal likeliest tokens, and with ids both perplexities.
-
-    Args:
-        exact, other: the last layer's outputs, (1, S, D) of each sequence.
-    """
-    kl = top1 = 0.0
-    losses = [0.0, 0.0]
-    for b, pair in enumerate(zip(exact, other, strict=True)):
-        for start in range(0, pair[0].shape[1], _CHUNK):
-            p, q = (source.dense.log_probabilities(hidden[0, start : start + _CHUNK]) for hidden in pair)
-            kl += float((p.exp() * (p - q)).sum())
-            top1 += float((p.argmax(-1) == q.argmax(-1)).sum())
-            if ids is not None:
-                following = ids[b, start + 1 : start + 1 + _CHUNK, None]
-                for i, each in enumerate((p, q)):
-                    losses[i] -= float(each[: len(following)].gather(-1, following).sum())
-    tokens = sum(hidden.shape[1] for hidden in exact)
-    found = {"kl": kl / tokens, "top1": top1 / tokens}
-    if ids is not None:
-        predicted = ids.shape[0] * (ids.shape[1] - 1)
-        ppl_source, ppl = (float(torch.tensor(loss / predicted).exp()) for loss in losses)
-        found |= {"ppl": ppl, "ppl_source": ppl_source}
-    return found

@@ -1,8 +1,10 @@
 """Heal a folder: source, compressed model and text in, a folder with the trained model and what was measured out."""
 
+import hashlib
 import json
 import lzma
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,8 @@ def heal(
         resume: go on from an interrupted run's last checkpoint.
         choices: fields of `hf_moe.training.healing.Healing`.
     Returns:
-        What `healing.json` in the folder holds: settings, `before` and `after` (KL, top-1 agreement, perplexity of the
-        model and of the source on the held-out text), and the curve of the loss.
+        What `healing.json` in the folder holds: settings with a hash of the text, `before` and `after` (KL, top-1
+        agreement, perplexity of the model and of the source on the held-out text), and the curve of the loss.
     Raises:
         ValueError: bad choices, a text that is too short, another vocabulary; or an interrupted run is in the way, or
             was one with other settings.
@@ -65,6 +67,9 @@ def heal(
     partial = partial_folder(target)
     settings: dict[str, Any] = {"source": opened.title, "model": str(folder.absolute()), "text": [str(t) for t in text]}
     settings |= {"heldout": str(heldout) if heldout else None, **options.to_dict()}
+    # Another content under the same names is another run.
+    digest = hashlib.sha256(rows.numpy().tobytes() + measured.numpy().tobytes()).hexdigest()
+    settings |= {"text_tokens": rows.numel(), "text_sha256": digest}
     with quiet_loading():
         model, teacher = load_target(folder), load_source(opened)
     words = [each.get_output_embeddings().weight.shape[0] for each in (model, teacher)]
@@ -94,10 +99,23 @@ def heal(
     settings |= {"model": folder.name, "text": [Path(t).name for t in text]}
     settings["heldout"] = Path(heldout).name if heldout else None
     record = {"settings": settings, "before": before, "after": after, "curve": curve}
-    _write(model.to(dtype), folder, partial / "model", record)
+    command = command_line(opened.title, target.name, settings)
+    _write(model.to(dtype), folder, partial / "model", record, command)
     os.rename(partial / "model", target)
     shutil.rmtree(partial)
     return record
+
+
+def command_line(source: str, out: str, settings: dict[str, Any]) -> str:
+    """The command that heals so again."""
+    words = ["hf-moe", "heal", source, settings["model"], out]
+    for name in settings["text"]:
+        words += ["--text", name]
+    if settings["heldout"]:
+        words += ["--heldout", settings["heldout"]]
+    for name in ("train", "tokens", "length", "batch", "learning_rate", "layer_weight", "seed"):
+        words += [f"--{name.replace('_', '-')}", settings[name]]
+    return shlex.join(map(str, words))
 
 
 def _begin(partial: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -157,7 +175,7 @@ def token_ids(path: str | Path, folder: Path) -> Any:
     return torch.tensor(tokenizer(words, truncation=False, verbose=False)["input_ids"])
 
 
-def _write(model: Any, folder: Path, out: Path, record: dict[str, Any]) -> None:
+def _write(model: Any, folder: Path, out: Path, record: dict[str, Any], command: str) -> None:
     model.save_pretrained(out)
     copy_model_files(out)
     for path in sorted(folder.iterdir()):
@@ -166,4 +184,4 @@ def _write(model: Any, folder: Path, out: Path, record: dict[str, Any]) -> None:
         if path.is_file() and not old and not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)
     (out / HEALING_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    add_healing(out, record)
+    add_healing(out, record, command)

@@ -126,8 +126,18 @@ def test_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch):
     broken, again = damaged(source), damaged(source)
     with pytest.raises(KeyboardInterrupt):
         heal(broken, source, rows, options, tmp_path / "broken", report=stop)
-    heal(again, source, rows, options, tmp_path / "broken", resume=True)
+    # The newest checkpoint was cut off in the middle of its writing.
+    (tmp_path / "broken" / "checkpoint-5").mkdir()
+    (tmp_path / "broken" / "checkpoint-5" / "trainer_state.json").write_text("{")
+    curve = heal(again, source, rows, options, tmp_path / "broken", resume=True)
+    assert [tokens for tokens, _ in curve] == [32 * step for step in range(1, 7)]
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+    # Interrupted after the last step, no step is made.
+    finished = damaged(source)
+    assert heal(finished, source, rows, options, tmp_path / "broken", resume=True) == curve
+    for a, b in zip(whole.parameters(), finished.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

@@ -50,10 +50,34 @@ def test_heal_command(folders):
     card = (tmp_path / "healed" / "README.md").read_text()
     assert card.count("## Healed") == 1
     assert f"| {record['before']['kl']:.4f} | {record['after']['kl']:.4f} |" in card
+    assert "provenance.json" not in card
+    assert "no byte of theirs can be traced" in card
+    assert "hf-moe heal dense moe healed --text text.txt --heldout heldout.npy --train all --tokens 4992" in card
     assert (tmp_path / "healed" / "tokenizer.json").is_file()
     assert not (tmp_path / ".healed.partial").exists()
     with pytest.raises(ValueError, match="only what hf-moe upcycle wrote can be verified"):
         verify(source, tmp_path / "healed", progress=False)
+
+
+def test_card_says_what_was_before_healing(tmp_path):
+    source = save_dense(tmp_path / "dense", tokenizer=True)
+    choices = {"attention": "compress", "cache_ratio": 0.5, "calibration_tokens": 512, "experts": 1}
+    folder = upcycle(source, tmp_path / "half", progress=False, **choices)
+    verify(source, folder, tokens=64, new_tokens=4, progress=False)
+    ids = np.random.default_rng(0).integers(1, 90, 2000)
+    np.save(tmp_path / "ids.npy", ids)
+    healing = {"length": 32, "batch": 4, "tokens": 256, "progress": False}
+    heal(source, folder, tmp_path / "healed", [tmp_path / "ids.npy"], **healing)
+    card = (tmp_path / "healed" / "README.md").read_text()
+    assert "A dense model with latent attention, made from `dense`" in card
+    assert "## Price of the smaller cache, before healing\n" in card
+    assert "| | exact attention | before healing |" in card
+    assert "Measured against the source" not in card
+    # Healed once more, only the last time is told.
+    heal(source, tmp_path / "healed", tmp_path / "twice", [tmp_path / "ids.npy"], **healing)
+    twice = (tmp_path / "twice" / "README.md").read_text()
+    assert twice.count("## Healed") == twice.count("## Licence") == twice.count("before healing |") == 1
+    assert "hf-moe heal dense healed twice --text ids.npy" in twice
 
 
 def test_interrupted_run(folders):
@@ -72,6 +96,10 @@ def test_interrupted_run(folders):
     (tmp_path / ".healed.partial").mkdir()
     (tmp_path / ".healed.partial" / "settings.json").write_text(json.dumps(settings | {"seed": 3}))
     with pytest.raises(ValueError, match=r"the interrupted run in .* had another seed"):
+        heal(source, folder, tmp_path / "healed", [tmp_path / "text.txt"], resume=True, **choices)
+    (tmp_path / ".healed.partial" / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "text.txt").write_text(" ".join(str(n * n + 1) for n in range(700)))
+    with pytest.raises(ValueError, match=r"the interrupted run in .* had another text_sha256;"):
         heal(source, folder, tmp_path / "healed", [tmp_path / "text.txt"], resume=True, **choices)
 
 
