@@ -309,6 +309,8 @@ def adapted_gating_gradient(
         PRECISION=dot_precision(h_NH.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        # Two programs of 8 warps a multiprocessor; without it the compiler takes 140.
+        maxnreg=128,
     )
     return AdaptedGatingGradient(
         dh_NH,
