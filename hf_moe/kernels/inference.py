@@ -65,7 +65,7 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
 
 
 def gated_mlp(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, act_fn: Any
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, plus: torch.Tensor | None, act_fn: Any
 ) -> torch.Tensor | None:
     """See `small_batch.gated_mlp`; None for too many tokens, or an activation that it does not know."""
     act = known_activation(act_fn)
@@ -75,7 +75,8 @@ def gated_mlp(
         return None
     from .small_batch import gated_mlp
 
-    return gated_mlp(rows, gate, up, down, act[0]).view(x.shape)
+    plus = None if plus is None else plus.reshape(rows.shape)
+    return gated_mlp(rows, gate, up, down, plus, act[0]).view(x.shape)
 
 
 def latent_attention(

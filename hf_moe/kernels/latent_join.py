@@ -3,6 +3,8 @@
 Letters: B batch, S queries, H heads, T rows (B·H·S), N parts a row, C latent width, V width of a value.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -44,13 +46,17 @@ def _join_kernel(
 def _join_values_kernel(
     part_ptr, log_ptr, sink_ptr, weight_ptr, out_ptr, weight_h, weight_v, H, S, N,
     C: tl.constexpr, V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    EARLY: tl.constexpr,
+    STEP: tl.constexpr, UNROLL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     token = tl.program_id(2).to(tl.int64)
     row = (token // S * H + h) * S + token % S
+    c = tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
+    # On its way while the first pass is ending.
+    at = h * weight_h + v[:, None] * weight_v + c
+    weight = tl.load(weight_ptr + at, mask=(v[:, None] < V) & (c < C), other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     log = tl.load(log_ptr + row * N + n, mask=n < N, other=float("-inf"))
@@ -59,19 +65,33 @@ def _join_values_kernel(
         sink = tl.load(sink_ptr + h).to(tl.float32) * LOG2_E
         top = tl.maximum(top, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
-    share = tl.exp2(log - base)
-    total = tl.sum(share, 0)
+    total = tl.sum(tl.exp2(log - base), 0)
     if sink_ptr is not None:
         total += tl.exp2(sink - base)
-    share /= tl.where(total > 0, total, 1.0)
-    value = tl.zeros((BLOCK_V,), tl.float32)
-    for begin in tl.static_range(0, C, BLOCK_C):
-        c = begin + tl.arange(0, BLOCK_C)
-        part = tl.load(part_ptr + (row * N + n)[:, None] * C + c, mask=(n[:, None] < N) & (c < C), other=0.0)
-        at = h * weight_h + v[:, None] * weight_v + c
-        weight = tl.load(weight_ptr + at, mask=(v[:, None] < V) & (c < C), other=0.0).to(tl.float32)
-        value += tl.sum(weight * tl.sum(part * share[:, None], 0)[None, :], 1)
+    # Summed over the parts of a step at the end alone: no program waits for its warps before.
+    sums = tl.zeros((STEP, BLOCK_C), tl.float32)
+    for begin in tl.range(0, N, STEP, loop_unroll_factor=UNROLL):
+        m = begin + tl.arange(0, STEP)
+        share = tl.exp2(tl.load(log_ptr + row * N + m, mask=m < N, other=float("-inf")) - base)
+        part = tl.load(part_ptr + (row * N + m)[:, None] * C + c, mask=(m[:, None] < N) & (c < C), other=0.0)
+        sums += part * share[:, None]
+    joined = tl.sum(sums, 0) / tl.where(total > 0, total, 1.0)
+    value = tl.sum(weight.to(tl.float32) * joined[None, :], 1)
     tl.store(out_ptr + (token * H + h) * V + v, value.to(out_ptr.dtype.element_ty), mask=v < V)
+
+
+class _Tile(NamedTuple):
+    """Values of a head and parts of a row that a program takes at once, steps in flight, warps."""
+
+    values: int
+    step: int
+    unroll: int
+    warps: int
+
+
+def _values_tile(width: int) -> _Tile:
+    """The tile for latents of this width, a power of 2."""
+    return _Tile(32, max(1, min(16, 8192 // width)), 2, 8)
 
 
 def join(
@@ -93,10 +113,12 @@ def join(
     if value_HVC is not None and B * S <= 4:
         V = value_HVC.shape[1]
         out = out_BHSC.new_empty((B, S, H, V))
-        n, block_c, block_v = power_of_2(N), min(max(power_of_2(C), 16), 128), min(power_of_2(V), 32)
+        tile = _values_tile(power_of_2(C))
+        block_v = min(power_of_2(V), tile.values)
         _join_values_kernel[(H, cdiv(V, block_v), B * S)](
             part_TNC, log_TN, sinks_H, value_HVC, out, value_HVC.stride(0), value_HVC.stride(1), H, S, N,
-            C, V, block_c, n, block_v, early, num_warps=8, **options,
+            C, V, max(power_of_2(C), 16), power_of_2(N), block_v, tile.step, tile.unroll, early,
+            num_warps=tile.warps, **options,
         )  # fmt: skip
         return out
     # 16 Ki numbers a program at most, and few enough that two programs find work on each multiprocessor.

@@ -271,5 +271,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     return x_TI @ weight_OI.T
 
 
-def gated_mlp(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, act: str = "swish") -> Tensor:
-    return (activation(x_TD @ gate_FD.T, Gating(act)) * (x_TD @ up_FD.T)) @ down_DF.T
+def gated_mlp(
+    x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, plus_TD: Tensor | None = None, act: str = "swish"
+) -> Tensor:
+    y_TD = (activation(x_TD @ gate_FD.T, Gating(act)) * (x_TD @ up_FD.T)) @ down_DF.T
+    return y_TD if plus_TD is None else plus_TD + y_TD

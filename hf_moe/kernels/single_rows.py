@@ -1,6 +1,6 @@
 """Products of single rows with matrices of their own, by fused multiply-adds: what one token needs of its experts.
 
-    y[r] = gate(Σ_c weight[n] · (W[e] @ x[n // per_token] + bias[e]))      n = r·C + c,  e = index[n]
+    y[r] = gate(Σ_c weight[n] · (W[e] @ x[n // per_token] + bias[e])) + plus[r]      n = r·C + c,  e = index[n]
 
 Letters: R rows of output, C choices summed in each, N = R·C, E experts, I input columns, O columns of y, H = 2·O with a
 gate or O.
@@ -54,7 +54,7 @@ def _stream(lines, k, I, real):
 
 @triton.jit
 def _single_rows_kernel(
-    x_ptr, w_ptr, bias_ptr, weight_ptr, y_ptr, index_ptr,
+    x_ptr, w_ptr, bias_ptr, weight_ptr, plus_ptr, y_ptr, index_ptr,
     E, I, O, C, PER_TOKEN, gap, x_stride, w_stride_e, w_stride_o, alpha, limit, up_offset,
     ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -105,6 +105,8 @@ def _single_rows_kernel(
         h += tl.sum(total.reshape(CHOICES, BN), 0)
     y = gated(h[None, :], alpha, limit, up_offset, ACT, CLIP, GATED, INTERLEAVED, 1, BLOCK)
     out = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if plus_ptr is not None:
+        y += tl.load(plus_ptr + row.to(tl.int64) * O + out, mask=out < O, other=0.0).to(tl.float32)
     tl.store(y_ptr + row.to(tl.int64) * O + out, y.to(y_ptr.dtype.element_ty), mask=out < O)
 
 
@@ -133,13 +135,14 @@ def single_rows(
     gating: Gating | None = None,
     bias_EH: torch.Tensor | None = None,
     weight_TK: torch.Tensor | None = None,
+    plus_RO: torch.Tensor | None = None,
     per_token: int = 1,
     after_product: bool = False,
     before_product: bool = False,
 ) -> torch.Tensor:
     """Products of single rows, each with its own matrix, gated or weighted and summed.
 
-        y[r] = gate(Σ_c weight[n] · (W[e] @ x[n // per_token] + bias[e]))      n = r·C + c,  e = index[n]
+        y[r] = gate(Σ_c weight[n] · (W[e] @ x[n // per_token] + bias[e])) + plus[r]      n = r·C + c,  e = index[n]
 
     Args:
         x: fp32, bf16 or fp16, contiguous in its last dimension.
@@ -148,6 +151,7 @@ def single_rows(
         tile: n rows of the weights a program, k of I at a time, the next k ahead of their use with two stages.
         columns, gap: O, and how many elements after a gate's row its up row lies (ignored if interleaved).
         weight_TK: sums the K rows of each token by these weights, any float dtype; None sums nothing, C = 1.
+        plus_RO: any float dtype, contiguous.
         after_product, before_product: whether the launch before, or after, is another product of this module, whose
             result is x, or which waits for y. They then overlap: this one's first weights are read before x is there.
     Returns:
@@ -163,7 +167,7 @@ def single_rows(
     fan = 1 if gating is None else gating.fan
     block = max(tile.n // (choices * fan), 1)
     _single_rows_kernel[(cdiv(columns, block), N // C)](
-        x, weight_EHI, bias_EH, weight_TK, y_RO, index,
+        x, weight_EHI, bias_EH, weight_TK, plus_RO, y_RO, index,
         E, n_in, columns, C, per_token, gap, x.stride(0), weight_EHI.stride(0), weight_EHI.stride(1),
         *gate_arguments(gating),
         index is not None, bias_EH is not None, weight_TK is not None, before_product and chains(x.device), waits,

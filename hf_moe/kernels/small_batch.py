@@ -227,30 +227,37 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("hf_moe::gated_mlp", mutates_args=())
 def _gated_mlp(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, act: str
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, plus: torch.Tensor | None, act: str
+) -> torch.Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     # One kernel reads both: up's rows lie this many elements after gate's, wherever the two were allocated.
     gap = (up.data_ptr() - gate.data_ptr()) // gate.element_size()
     a = _product(x, gate, gap=gap, gating=Gating(act), before_product=True)
-    return _product(a, dense_rows(down), after_product=True)
+    plus = None if plus is None else plus.contiguous()
+    return _product(a, dense_rows(down), plus_RO=plus, after_product=True)
 
 
 @_gated_mlp.register_fake
-def _gated_mlp_fake(x, gate, up, down, act):
+def _gated_mlp_fake(x, gate, up, down, plus, act):
     return x.new_empty((x.shape[0], down.shape[0]))
 
 
 def gated_mlp(
-    x_TD: torch.Tensor, gate_FD: torch.Tensor, up_FD: torch.Tensor, down_DF: torch.Tensor, act: str = "swish"
+    x_TD: torch.Tensor,
+    gate_FD: torch.Tensor,
+    up_FD: torch.Tensor,
+    down_DF: torch.Tensor,
+    plus_TD: torch.Tensor | None = None,
+    act: str = "swish",
 ) -> torch.Tensor:
-    """down @ (act(gate @ x) · (up @ x)) for a token or two, no gradients: a shared expert or a dense layer.
+    """down @ (act(gate @ x) · (up @ x)) + plus for a token or two, no gradients: a shared expert or a dense layer.
 
     Args:
         x_TD: any number of tokens, but each reads the weights: from three on cuBLAS does better.
         gate_FD, up_FD, down_DF: x's dtype: fp32, bf16 or fp16.
+        plus_TD: what the result is added to, any float dtype.
         act: a name that `Gating` knows; "swish" is SiLU.
     Returns:
         out_TD in x's dtype, each product accumulated in fp32. Two launches, deterministic, can be captured.
     """
-    return _gated_mlp(x_TD, gate_FD, up_FD, down_DF, act)
+    return _gated_mlp(x_TD, gate_FD, up_FD, down_DF, plus_TD, act)

@@ -48,7 +48,7 @@ register_parallel_styles()
 
 
 class HfMoeMLP(nn.Module):
-    """down(act(gate(x)) · up(x)). Source: arXiv:2002.05202."""
+    """down(act(gate(x)) · up(x)), added to `plus` where there is one. Source: arXiv:2002.05202."""
 
     def __init__(self, config: HfMoeConfig, intermediate_size: int):
         super().__init__()
@@ -57,15 +57,16 @@ class HfMoeMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         layers = self.gate_proj, self.up_proj, self.down_proj
         if all(is_bare(layer) for layer in layers):
             weights = [layer.weight for layer in layers]
-            if (kernel := fused("gated_mlp", hidden_states, *weights)) is not None:
-                output = kernel(hidden_states, *weights, self.act_fn)
+            if (kernel := fused("gated_mlp", hidden_states, *weights, plus)) is not None:
+                output = kernel(hidden_states, *weights, plus, self.act_fn)
                 if output is not None:
                     return output
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        output = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return output if plus is None else plus + output
 
 
 @use_experts_implementation
@@ -136,12 +137,11 @@ class HfMoeSparseMoeBlock(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(x_TD)
         output = self.experts(x_TD, top_k_index, top_k_weights).view_as(hidden_states)
-        if self.shared_experts is not None:
-            shared = self.shared_experts(hidden_states)
-            if self.shared_expert_gate is not None:
-                shared = shared * self.shared_expert_gate(hidden_states).sigmoid()
-            output = output + shared
-        return output
+        if self.shared_experts is None:
+            return output
+        if self.shared_expert_gate is None:
+            return self.shared_experts(hidden_states, output)
+        return output + self.shared_experts(hidden_states) * self.shared_expert_gate(hidden_states).sigmoid()
 
 
 class HfMoeDecoderLayer(GradientCheckpointingLayer):

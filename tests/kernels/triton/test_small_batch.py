@@ -143,6 +143,7 @@ def test_dense_products(T):
     for found, twin, args in (
         (small_batch.linear, reference.linear, (x, gate)),
         (small_batch.gated_mlp, reference.gated_mlp, (x, gate, up, down)),
+        (small_batch.gated_mlp, reference.gated_mlp, (x, gate, up, down, normal(T, 40, seed=3))),
     ):
         poison()
         assert_as_good(found(*args), twin(*args), twin(*(a.double() for a in args)))
@@ -152,7 +153,7 @@ def test_operators_agree_with_their_fakes():
     x, gate, up, down = normal(3, 32), normal(16, 32, seed=1), normal(16, 32, seed=2), normal(32, 16)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.hf_moe.few_rows_linear.default, (x, gate), test_utils=tests)
-    torch.library.opcheck(torch.ops.hf_moe.gated_mlp.default, (x, gate, up, down, "swish"), test_utils=tests)
+    torch.library.opcheck(torch.ops.hf_moe.gated_mlp.default, (x, gate, up, down, x, "swish"), test_utils=tests)
     shape = NAMED["T=1"]
     tensors = inputs(shape, torch.float32)
     args = (tensors["x"], index(shape), tensors["weight"], tensors["up"], tensors["down"], None, None, *Gating())
