@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import latent_hopper
 from .descriptors import dense_rows, dot_precision, has_copy_engine, processors
-from .latent_join import join, values
+from .latent_join import join, joins_early, values
 from .tuning import cdiv, power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -27,8 +27,11 @@ def _attend_kernel(
     G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, LATENT_L: tl.constexpr, ROT_L: tl.constexpr, HALF: tl.constexpr,
     MASK: tl.constexpr, BY_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     DIRECT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, SCAN: tl.constexpr,
+    BLOCK_P: tl.constexpr, SCAN: tl.constexpr, STARTS_NEXT: tl.constexpr,
 ):  # fmt: skip
+    if STARTS_NEXT:
+        # The second pass fetches its weights meanwhile.
+        tl.extra.cuda.gdc_launch_dependents()
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
     b = (tl.program_id(2) // G).to(tl.int64)
@@ -214,6 +217,7 @@ def _latent_decode(
         S, longest_key, H // G, S, q_rot_rows.stride(0), N, scaling, softcap, window,
         G, C, P, latent.stride(-2), k_rot.stride(-2), half, kind, by_row, causal, window > 0, softcap > 0, direct,
         dot_precision(dtype), tile.rows, tile.tokens, block_c, block_p, tile.tokens if by_row else 1024,
+        not direct and joins_early(device),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return _finish(part, log, sinks, value, out)

@@ -80,6 +80,11 @@ def _join_values_kernel(
     tl.store(out_ptr + (token * H + h) * V + v, value.to(out_ptr.dtype.element_ty), mask=v < V)
 
 
+def joins_early(device: torch.device) -> bool:
+    """Whether the second pass may be launched while the first is running: on Hopper, not in the interpreter."""
+    return has_copy_engine(device) and device.type == "cuda"
+
+
 class _Tile(NamedTuple):
     """Values of a head and parts of a row that a program takes at once, steps in flight, warps."""
 
@@ -108,7 +113,7 @@ def join(
     """
     (T, N, C), (B, H, S, _) = part_TNC.shape, out_BHSC.shape
     device = out_BHSC.device
-    early = has_copy_engine(device) and device.type == "cuda"
+    early = joins_early(device)
     options = {"launch_pdl": True} if early else {}
     if value_HVC is not None and B * S <= 4:
         V = value_HVC.shape[1]
