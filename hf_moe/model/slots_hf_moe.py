@@ -117,7 +117,9 @@ class ReplayedCache(StaticCache):
 
     def __init__(self, config: HfMoeConfig, length: int):
         super().__init__(config=config, max_cache_len=length)
-        self.layers = [ReusableLayer(length) if type(layer) is StaticLayer else layer for layer in self.layers]
+        for index, layer in enumerate(self.layers):
+            if type(layer) is StaticLayer:
+                self.layers[index] = ReusableLayer(length)
         self.length = length
         self.step: Any = None
         self.made_for: tuple | None = None
