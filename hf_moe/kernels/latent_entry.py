@@ -27,7 +27,7 @@ def _enter_kernel(
     query_ptr, latent_key_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, rotated_ptr, latent_ptr, k_rot_ptr,
     cos_b, cos_s, latent_b, latent_l, k_rot_b, k_rot_l, S, L, eps,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_SLOT: tl.constexpr, ADVANCE: tl.constexpr, INTERLEAVE: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_SLOT: tl.constexpr, RING: tl.constexpr, ADVANCE: tl.constexpr, INTERLEAVE: tl.constexpr,
     CHAINED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
@@ -53,6 +53,8 @@ def _enter_kernel(
             slot += begin
             if ADVANCE:
                 tl.store(slot_ptr, begin + 1)
+            if RING:
+                slot %= L
         row = latent_key_ptr + t * (C + G * P)
         c = tl.arange(0, BLOCK_C)
         latent = tl.load(row + c, mask=c < C, other=0.0)
@@ -83,6 +85,7 @@ def latent_entry(
     eps: float,
     interleave: bool,
     cache: tuple[Tensor, Tensor, Tensor] | None = None,
+    ring: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split, normalise, rotate and store what latent attention's two projections gave.
 
@@ -96,6 +99,7 @@ def latent_entry(
         interleave: pairs stand side by side in both projections. Rotated ones stand half a width apart either way.
         cache: latents (B, 1, L, C), keys (B, 1, L, G·P) and a scalar int64: the slot of the first token. They are
             written in place, and the scalar moves on by S. Tokens from slot L on are lost.
+        ring: they go on in slot 0 instead.
     Returns:
         queries (B, H, S, N + P), contiguous; then the two tensors of `cache`, or new ones with L = S.
     Gradients: none. Cost: everything is read and written once, one launch.
@@ -123,7 +127,7 @@ def latent_entry(
         cos if slot is None else slot, rotated, latent, k_rot,
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         latent.stride(0), latent.stride(2), k_rot.stride(0), k_rot.stride(2), S, latent.shape[2], eps,
-        heads, G, C, P, nope, norm_C is not None, slot is not None, alone, interleave,
+        heads, G, C, P, nope, norm_C is not None, slot is not None, ring, alone, interleave,
         chained, block_h, power_of_2(G), power_of_2(C), block_n, power_of_2(P // 2), launch_pdl=chained,
     )  # fmt: skip
     if slot is not None and not alone:

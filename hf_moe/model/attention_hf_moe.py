@@ -23,9 +23,9 @@ from .absorbed_hf_moe import (
 from .configuration_hf_moe import HfMoeConfig
 from .eager_hf_moe import eager_attention_forward
 from .fused_hf_moe import apply_linear, fused, is_untouched
-from .generation_hf_moe import is_filled, is_unfilled
 from .paging_hf_moe import half_width, update_paged
 from .rotary_hf_moe import apply_rotary_pos_emb, rope_parameters_of
+from .slots_hf_moe import Ring, filled_layer, is_unfilled
 
 
 class HfMoeRMSNorm(nn.Module):
@@ -137,9 +137,10 @@ class HfMoeAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the attended hidden states (B, S, D) and, where the attention function has them, the weights."""
-        layer = past_key_values.layers[self.layer_idx] if is_filled(past_key_values, self.layer_idx) else None
+        layer = filled_layer(past_key_values, self.layer_idx)
         query, latent, k_rot = self.project(hidden_states, position_embeddings, layer)
-        pages, end = None, layer.cumulative_length if layer is not None else None
+        # All slots of a ring are in use, or hidden by the mask.
+        pages, end = None, layer.cumulative_length if layer is not None and type(layer) is not Ring else None
         if (paged := kwargs.pop("cache", None)) is not None:
             read_index = kwargs["read_index"][paged.layer_to_allocator[self.layer_idx].index]
             in_place = packed_absorption_pays(self, query, read_index, kwargs["max_length_q"])
@@ -183,7 +184,8 @@ class HfMoeAttention(nn.Module):
         """Queries (B, H, S, N + P), and what the cache keeps: latents (B, 1, S, C) and rotated keys (B, 1, S, G·P).
 
         Args:
-            layer: a static cache's layer. Where a kernel writes latents and keys into it, its two tensors are returned.
+            layer: a static cache's layer, or a ring. Where a kernel writes latents and keys into it, its two tensors
+                are returned.
         """
         cos, sin = position_embeddings
         if self.config.q_lora_rank is None:
@@ -211,6 +213,7 @@ class HfMoeAttention(nn.Module):
             eps=norm.variance_epsilon if norm is not None else 0.0,
             interleave=self.config.rope_interleave,
             cache=(layer.keys, layer.values, layer.cumulative_length) if layer is not None else None,
+            ring=type(layer) is Ring,
         )
 
     def rotated_query(self, query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

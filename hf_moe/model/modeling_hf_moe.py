@@ -137,12 +137,11 @@ class HfMoeSparseMoeBlock(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(x_TD)
         output = self.experts(x_TD, top_k_index, top_k_weights).view_as(hidden_states)
-        if self.shared_experts is not None:
-            shared = self.shared_experts(hidden_states)
-            if self.shared_expert_gate is not None:
-                shared = shared * self.shared_expert_gate(hidden_states).sigmoid()
-            output = output + shared
-        return output
+        if self.shared_experts is None:
+            return output
+        if self.shared_expert_gate is None:
+            return self.shared_experts(hidden_states, output)
+        return output + self.shared_experts(hidden_states) * self.shared_expert_gate(hidden_states).sigmoid()
 
 
 class HfMoeDecoderLayer(GradientCheckpointingLayer):

@@ -1,9 +1,10 @@
-"""The attention function "hf_moe_latent" in plain PyTorch, in its place on a machine without a GPU."""
+"""What stands in for a GPU: the attention function "hf_moe_latent" in plain PyTorch, and graphs that run again."""
 
 import pytest
+import torch
 
 from hf_moe.kernels import reference
-from hf_moe.model import absorbed_hf_moe
+from hf_moe.model import absorbed_hf_moe, generation_hf_moe
 
 
 class LatentReference:
@@ -34,3 +35,32 @@ def latent_kernel(monkeypatch) -> LatentReference:
     choose = lambda module, query: None if module.config._attn_implementation in eager else kernel  # noqa: E731
     monkeypatch.setattr(absorbed_hf_moe, "latent_function", choose)
     return kernel
+
+
+class Recorder:
+    """Takes the place of a CUDA graph: its logits stand at one address and are overwritten by each replay."""
+
+    def __init__(self, monkeypatch):
+        self.captures = self.replays = 0
+        self.on = lambda: monkeypatch.setattr(generation_hf_moe, "REPLAYING_DEVICES", ("cpu",))
+        self.off = lambda: monkeypatch.setattr(generation_hf_moe, "REPLAYING_DEVICES", ())
+
+    def __call__(self, call, device):
+        self.captures += 1
+        logits = torch.empty(0)
+
+        def replay():
+            self.replays += 1
+            new = call()
+            logits.resize_(new.shape).copy_(new)
+
+        return replay, logits
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Recorder:
+    """Captures steps on the CPU between `on` and `off`, with all the memory that may be wanted."""
+    recorder = Recorder(monkeypatch)
+    monkeypatch.setattr(generation_hf_moe, "capture_cuda_graph", recorder)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
+    return recorder

@@ -5,9 +5,12 @@ import torch
 from cases import HALF, Shape, assert_as_good, index, normal, poison
 from test_layer import GPT_OSS, check, inputs, run
 from test_small_batch import check as check_few
+from tiny import random_ids, tiny_model
+from transformers import StaticCache
 
 from hf_moe.kernels.gating import Gating
 from hf_moe.kernels.layer import experts
+from hf_moe.model import generation_hf_moe, kept_hf_moe
 
 pytestmark = [
     pytest.mark.skipif(
@@ -137,3 +140,44 @@ def test_tf32_only_when_allowed():
     exact = run(experts, tensors, index_TK, dout)["out"]
     assert 1e-5 < ((loose - exact).norm() / exact.norm()).item() < 3e-3
     assert_as_good(exact, exact, exact)
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list:
+    """Grows with each graph that is captured."""
+    found, capture = [], generation_hf_moe.capture_cuda_graph
+    monkeypatch.setattr(generation_hf_moe, "capture_cuda_graph", lambda *args: found.append(args) or capture(*args))
+    return found
+
+
+def texts(name: str):
+    """A model, prompts whose windows are full or not, and what follows them by one launch after the other."""
+    model = tiny_model(name).to("cuda")
+    prompts = [random_ids(2, length, seed=length).cuda() for length in (9, 4, 30)]
+    prompts[0][0, :3] = 0
+    choices = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    as_it_is = choices | {"cache_implementation": "dynamic", "disable_compile": True}
+    after = [model.generate(ids, attention_mask=(ids != 0).long(), **as_it_is) for ids in prompts]
+    return model, prompts, choices, after
+
+
+def test_one_graph_decodes_all_texts(variant, captures):
+    model, prompts, choices, after = texts(variant)
+    for ids, expected in zip(prompts, after, strict=True):
+        assert torch.equal(model.generate(ids, attention_mask=(ids != 0).long(), **choices), expected)
+    assert len(captures) == 1
+    held = torch.cuda.memory_allocated()
+    cache = kept_hf_moe._KEPT[model].nbytes
+    model.free_generation_memory()
+    assert torch.cuda.memory_allocated() <= held - cache
+
+
+def test_graphs_decode_in_a_cache_of_the_callers(variant, captures):
+    model, prompts, choices, after = texts(variant)
+    for ids, expected in zip(prompts, after, strict=True):
+        cache = StaticCache(config=model.config, max_cache_len=80)
+        with torch.no_grad():
+            model(ids[:, :3], attention_mask=(ids[:, :3] != 0).long(), past_key_values=cache)
+        found = model.generate(ids, attention_mask=(ids != 0).long(), past_key_values=cache, **choices)
+        assert torch.equal(found, expected)
+    assert len(captures) == 3
