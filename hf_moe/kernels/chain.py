@@ -1,8 +1,7 @@
 """Launches of a decode step that overlap: each begins while the one before it ends.
 
-A kernel calls `follow` before its first read of what the launch before it writes. It may read earlier what is older:
-results of the launch before the previous one, which has ended by then. The host launches it with
-`launch_pdl=chains(device)`. What other libraries launch in between waits for all that came before.
+A kernel calls `follow` before its first read, and the host launches it with `launch_pdl=chains(device)`. What other
+libraries launch in between waits for all that came before.
 """
 
 import functools

@@ -13,8 +13,8 @@ from .descriptors import processors
 from .tuning import cdiv, power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Of one row's parts, in the registers of 16 warps.
-_NUMBERS_AT_ONCE = 32768
+# Of one row's parts, for 16 warps: 32 registers a thread.
+_NUMBERS_AT_ONCE = 16384
 
 
 @triton.jit
@@ -44,39 +44,46 @@ def _join_kernel(
 @triton.jit
 def _join_values_kernel(
     part_ptr, log_ptr, sink_ptr, weight_ptr, out_ptr, weight_h, weight_v, H, S, N,
-    C: tl.constexpr, V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHAINED: tl.constexpr,
+    C: tl.constexpr, V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_V: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     token = tl.program_id(2).to(tl.int64)
     row = (token // S * H + h) * S + token % S
+    c = tl.arange(0, BLOCK_C)
     n = tl.arange(0, BLOCK_N)
+    m = tl.arange(0, STEP)
+    w_rows = weight_ptr + h * weight_h + v[:, None] * weight_v
     if CHAINED:
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
-        for begin in tl.static_range(0, C, BLOCK_C):
-            c = begin + tl.arange(0, BLOCK_C // LINE) * LINE
-            lines = weight_ptr + h * weight_h + v[:, None] * weight_v + c
-            prefetch(lines, (v[:, None] < V) & (c < C), weight_ptr)
+        line = tl.arange(0, BLOCK_C // LINE) * LINE
+        prefetch(w_rows + line, (v[:, None] < V) & (line < C), weight_ptr)
     follow(CHAINED)
+    # Everything is asked for before the first sum: what takes time here are waits, not bytes.
+    parts = part_ptr + row * N * C + c
+    part = tl.load(parts + m[:, None] * C, mask=(m[:, None] < N) & (c < C), other=0.0)
+    weight = tl.load(w_rows + c, mask=(v[:, None] < V) & (c < C), other=0.0)
     log = tl.load(log_ptr + row * N + n, mask=n < N, other=float("-inf"))
     top = tl.max(log, 0)
     if sink_ptr is not None:
         sink = tl.load(sink_ptr + h).to(tl.float32) * LOG2_E
         top = tl.maximum(top, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
-    share = tl.exp2(log - base)
-    total = tl.sum(share, 0)
+    total = tl.sum(tl.exp2(log - base), 0)
     if sink_ptr is not None:
         total += tl.exp2(sink - base)
-    share /= tl.where(total > 0, total, 1.0)
-    value = tl.zeros((BLOCK_V,), tl.float32)
-    for begin in tl.static_range(0, C, BLOCK_C):
-        c = begin + tl.arange(0, BLOCK_C)
-        part = tl.load(part_ptr + (row * N + n)[:, None] * C + c, mask=(n[:, None] < N) & (c < C), other=0.0)
-        at = h * weight_h + v[:, None] * weight_v + c
-        weight = tl.load(weight_ptr + at, mask=(v[:, None] < V) & (c < C), other=0.0).to(tl.float32)
-        value += tl.sum(weight * tl.sum(part * share[:, None], 0)[None, :], 1)
+    sums = tl.zeros((STEP, BLOCK_C), tl.float32)
+    for begin in range(0, N, STEP):
+        ahead = begin + STEP + m[:, None]
+        part_ahead = tl.load(parts + ahead * C, mask=(ahead < N) & (c < C), other=0.0)
+        share = tl.load(log_ptr + row * N + begin + m, mask=begin + m < N, other=float("-inf"))
+        sums += part * tl.exp2(share - base)[:, None]
+        part = part_ahead
+    joined = tl.sum(sums, 0) / tl.where(total > 0, total, 1.0)
+    # Eight products in a thread before any shuffle.
+    product = (weight.to(tl.float32) * joined[None, :]).reshape(BLOCK_V, BLOCK_C // 8, 8)
+    value = tl.sum(tl.sum(product, 2), 1)
     tl.store(out_ptr + (token * H + h) * V + v, value.to(out_ptr.dtype.element_ty), mask=v < V)
 
 
@@ -98,12 +105,12 @@ def join(
     if value_HVC is not None and B * S <= 4:
         V = value_HVC.shape[1]
         out = out_BHSC.new_empty((B, S, H, V))
-        # All parts of a row at once where they fit: what takes time are waits, not bytes.
-        n, block_v = power_of_2(N), min(power_of_2(V), 32)
-        block_c = min(max(power_of_2(C), 64), max(_NUMBERS_AT_ONCE // n, 64))
+        block_c, block_v = max(power_of_2(C), 64), min(power_of_2(V), 32)
+        n = power_of_2(N)
+        step = min(n, max(_NUMBERS_AT_ONCE // block_c, 1))
         _join_values_kernel[(H, cdiv(V, block_v), B * S)](
             part_TNC, log_TN, sinks_H, value_HVC, out, value_HVC.stride(0), value_HVC.stride(1), H, S, N,
-            C, V, block_c, n, block_v, chained, num_warps=16, launch_pdl=chained,
+            C, V, block_c, n, step, block_v, chained, num_warps=16, launch_pdl=chained,
         )  # fmt: skip
         return out
     # 16 Ki numbers a program at most, and few enough that two programs find work on each multiprocessor.

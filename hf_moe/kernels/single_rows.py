@@ -57,13 +57,13 @@ def _single_rows_kernel(
     E, I, O, C, PER_TOKEN, gap, x_stride, w_stride_e, w_stride_o, alpha, limit, up_offset,
     ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
-    HAS_ADDED: tl.constexpr, CHAINED: tl.constexpr, EARLY: tl.constexpr,
+    HAS_ADDED: tl.constexpr, CHAINED: tl.constexpr,
     AHEAD: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     FAN: tl.constexpr = 2 if GATED else 1
     BN: tl.constexpr = FAN * BLOCK
     block, row = tl.program_id(0), tl.program_id(1)
-    if not EARLY:
+    if HAS_INDEX:
         follow(CHAINED)
     line = tl.arange(0, CHOICES * BN)
     offset, number, exists = weight_rows(line % BN, block, O, gap, w_stride_o, GATED, INTERLEAVED, BLOCK)
@@ -81,12 +81,11 @@ def _single_rows_kernel(
         x_lines = x_ptr + ((n // PER_TOKEN).to(tl.int64) * x_stride)[:, None]
         # Eight partial sums a line and thread at a time: no shuffles before the end.
         part = tl.zeros((CHOICES * BN, BK // 8), tl.float32)
-        if EARLY:
-            # The weights are on their way from memory while the launch before this one ends.
+        if CHAINED and not HAS_INDEX:
+            # The first weights are on their way from memory while the launch before this one ends.
             LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-            for start in range(0, I, BK):
-                k = start + tl.arange(0, BK // LINE) * LINE
-                prefetch(w_lines + k[None, :], real[:, None] & (k < I)[None, :], w_ptr)
+            ahead = tl.arange(0, BK // LINE) * LINE
+            prefetch(w_lines + ahead[None, :], real[:, None] & (ahead < I)[None, :], w_ptr)
             follow(CHAINED)
         if AHEAD:
             w = _stream(w_lines, tl.arange(0, BK), I, real)
@@ -134,7 +133,6 @@ def single_rows(
     weight_TK: torch.Tensor | None = None,
     per_token: int = 1,
     added_RO: torch.Tensor | None = None,
-    index_is_new: bool = False,
 ) -> torch.Tensor:
     """Products of single rows, each with its own matrix, gated or weighted and summed.
 
@@ -148,8 +146,6 @@ def single_rows(
         columns, gap: O, and how many elements after a gate's row its up row lies (ignored if interleaved).
         weight_TK: sums the K rows of each token by these weights, any float dtype; None sums nothing, C = 1.
         added_RO: contiguous.
-        index_is_new: the launch before this one may have written the index. Otherwise the weights are asked for while
-            that launch ends.
     Returns:
         y_RO in x's dtype, accumulated in fp32.
     Cost: reads the weights of every n once; one launch, deterministic.
@@ -167,7 +163,7 @@ def single_rows(
         E, n_in, columns, C, per_token, gap, x.stride(0), weight_EHI.stride(0), weight_EHI.stride(1),
         *gate_arguments(gating),
         index is not None, bias_EH is not None, weight_TK is not None,
-        added_RO is not None, chained, chained and not index_is_new,
+        added_RO is not None, chained,
         tile.stages > 1, choices, block, tile.k,
         num_warps=tile.warps, launch_pdl=chained,
     )  # fmt: skip

@@ -26,15 +26,14 @@ def _expert_rows_kernel(
     T, K, E, I, O, gap, x_stride, w_stride_e, w_stride_o, w_stride_i, alpha, limit, up_offset,
     ACT: tl.constexpr, CLIP: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_BIAS: tl.constexpr, PER_TOKEN: tl.constexpr, BY_EXPERT: tl.constexpr,
-    CHAINED: tl.constexpr, INDEX_IS_NEW: tl.constexpr,
+    CHAINED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, BK: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     FAN: tl.constexpr = 2 if GATED else 1
     BN: tl.constexpr = FAN * BLOCK
     block, slot = tl.program_id(0), tl.program_id(1)
-    if INDEX_IS_NEW:
-        follow(CHAINED)
+    follow(CHAINED)
     t = tl.arange(0, BLOCK_T)
     expert = slot
     n = t[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
@@ -48,8 +47,6 @@ def _expert_rows_kernel(
     count = tl.sum(mine.to(tl.int32), 0)
     if not BY_EXPERT:
         count = tl.where((expert < 0) | (expert >= E) | (tl.min(route, 0) < slot), 0, count)
-    if not INDEX_IS_NEW:
-        follow(CHAINED)
     if count == 0:
         return
     rank = tl.where(mine, tl.cumsum(mine.to(tl.int32), 0) - 1, -1)
@@ -96,7 +93,6 @@ def expert_rows(
     gating: Gating | None = None,
     bias_EH: torch.Tensor | None = None,
     per_token: bool = False,
-    index_is_new: bool = False,
 ) -> torch.Tensor:
     """Multiply each route's row by its expert's matrix, an expert's routes together, and keep the routes' order.
 
@@ -107,7 +103,7 @@ def expert_rows(
         weight_EHI: x's dtype, one side of each matrix contiguous.
         index_TK: contiguous int32 or int64. Routes with an id outside 0 .. E-1 stay unwritten.
         tile: m rows at a time, n rows of the weights a program, k of I at a time.
-        columns, gap, gating, index_is_new: as for `single_rows`.
+        columns, gap, gating: as for `single_rows`.
         bias_EH: contiguous.
     Returns:
         y_NO in x's dtype, accumulated in fp32.
@@ -125,7 +121,7 @@ def expert_rows(
         x, weight_EHI, bias_EH, y_NO, index_TK,
         T, K, E, n_in, columns, gap, x.stride(0), *weight_EHI.stride(),
         *gate_arguments(gating),
-        bias_EH is not None, per_token, by_expert, chained, index_is_new,
+        bias_EH is not None, per_token, by_expert, chained,
         max(power_of_2(T), 16), power_of_2(K), tile.m, block, tile.k,
         n_in % tile.k == 0 and columns % block == 0, dot_precision(x.dtype),
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=chained,
@@ -181,13 +177,7 @@ def experts(
     E, D, F = down_EDF.shape
     device, dtype = x_TD.device, x_TD.dtype
     index_TK, weight_TK = index_TK.contiguous(), weight_TK.contiguous()
-    up: dict[str, Any] = {
-        "columns": F,
-        "gap": F * up_EHD.stride(1),
-        "gating": gating,
-        "bias_EH": up_bias_EH,
-        "index_is_new": True,
-    }
+    up: dict[str, Any] = {"columns": F, "gap": F * up_EHD.stride(1), "gating": gating, "bias_EH": up_bias_EH}
     down: dict[str, Any] = {"columns": D, "bias_EH": down_bias_ED}
     if T <= tuning.SINGLE_ROWS and up_EHD.stride(2) == 1 and down_EDF.stride(2) == 1:
         a = single_rows(x_TD, up_EHD, index_TK, tuning.single_rows_tile(device, dtype, 1), per_token=K, **up)
