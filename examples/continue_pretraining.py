@@ -197,8 +197,11 @@ class Report:
         if (self.folder / "curves.json").exists():
             earlier = json.loads((self.folder / "curves.json").read_text())
             if earlier["setup"] == self.setup:
-                self.curves, self.runs = earlier["curves"], earlier["runs"]
-                self.rows = {row["init"]: row for row in json.loads((self.folder / "results.json").read_text())}
+                rows = json.loads((self.folder / "results.json").read_text())
+                # A mixture of other numbers is another one.
+                kept = [init for init, run in earlier["runs"].items() if run["mixture"] == MIXTURES.get(init)]
+                self.curves, self.runs = ({init: earlier[name][init] for init in kept} for name in ("curves", "runs"))
+                self.rows = {row["init"]: row for row in rows if row["init"] in kept}
 
     def add(self, row: dict, curve: list, sizes: tuple[int, int], seconds: float) -> None:
         init = row["init"]
