@@ -130,7 +130,7 @@ def measure_export(folder: str | Path, out: str | Path, *, tokens: int = 512, pr
 
     from transformers import AutoModelForCausalLM
 
-    from .verification import load_target, quiet_loading, run, token_ids
+    from .verification import fixed_length, load_target, quiet_loading, run, token_ids
 
     source, runs = MixtureSource(str(folder)), []
     ids, text = token_ids(source, source.path, None, min(tokens, source.config["max_position_embeddings"]))
@@ -139,7 +139,7 @@ def measure_export(folder: str | Path, out: str | Path, *, tokens: int = 512, pr
             ("running the model", lambda: load_target(source.path)),
             ("running the export", lambda: AutoModelForCausalLM.from_pretrained(out, dtype="float32").eval()),
         ):
-            runs.append(run(load(), ids, 16, name, progress))
+            runs.append(run(load(), ids, 16, fixed_length(source.config), name, progress))
             gc.collect()
     ours, theirs = runs
     difference = (theirs.logits - ours.logits).abs()

@@ -71,7 +71,8 @@ def verify(
     Args:
         text: what the models read; by default the Python language reference that comes with the interpreter. Without
             a tokenizer the tokens are random.
-        tokens: at least 2; of a source with fewer positions, so many. new_tokens: at least 1.
+        tokens: at least 2; of a source with fewer positions, so many. new_tokens: at least 1; where the rope changes
+            with the length, prompt and new tokens stay below.
         tolerance: largest |Δlogit| that passes.
     Returns:
         The certificate.
@@ -198,11 +199,12 @@ def _compare(
     ids, description = token_ids(source, folder, text, tokens)
     with quiet_loading():
         model = load_source(source)
-        dense = run(model, ids, new_tokens, "running the source", progress)
+        fixed = fixed_length(source.config)
+        dense = run(model, ids, new_tokens, fixed, "running the source", progress)
         del model
         gc.collect()
         model = load_target(folder)
-        moe = run(model, ids, new_tokens, "running the target", progress)
+        moe = run(model, ids, new_tokens, fixed, "running the target", progress)
         del model
     difference = (moe.logits - dense.logits).abs_()
     agree = moe.logits.argmax(-1) == dense.logits.argmax(-1)
@@ -296,10 +298,26 @@ def load_target(folder: Path) -> Any:
     return HfMoeForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
 
 
+def fixed_length(config: dict[str, Any]) -> int | None:
+    """Up to how many tokens a model's rope stays the same; None where it always does."""
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return None
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return int(original or config["max_position_embeddings"])
+
+
 @torch.no_grad()
-def run(model: Any, ids: torch.Tensor, new_tokens: int, description: str, progress: bool) -> Run:
-    """Read `ids` (1, S), then continue the first of them greedily."""
-    prompt = ids[:, : min(64, ids.shape[1])]
+def run(model: Any, ids: torch.Tensor, new_tokens: int, fixed: int | None, description: str, progress: bool) -> Run:
+    """Read `ids` (1, S), then continue the first of them greedily.
+
+    Args:
+        fixed: how many tokens that may be in all: keys that were cached before a rope changes do not fit behind it.
+    """
+    if fixed is not None:
+        new_tokens = min(new_tokens, fixed)
+    # The last new token is not read.
+    prompt = ids[:, : min(64, ids.shape[1], fixed + 1 - new_tokens if fixed else 64)]
     with step_bar(description, ids.shape[1] + new_tokens, progress) as advance:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         logits = torch.cat([_logits(model, chunk, advance) for chunk in hidden.split(_CHUNK, dim=1)])

@@ -109,6 +109,16 @@ def test_a_source_of_one_position(tmp_path):
         verify(source, target, **QUICK)
 
 
+@pytest.mark.parametrize(("tokens", "new_tokens", "decoded"), [(80, 8, 8), (62, 90, 64)])
+def test_decoding_stays_below_the_length_at_which_the_rope_changes(tmp_path, tokens, new_tokens, decoded):
+    """At 64 positions, where keys that were cached before do not fit behind; logits are compared beyond."""
+    source = save_dense(tmp_path / "dense", "phi3_longrope")
+    target = upcycle(source, tmp_path / "moe", experts=2, progress=False)
+    certificate = verify(source, target, tokens=tokens, new_tokens=new_tokens, progress=False)
+    assert certificate["logits"]["tokens"] == tokens
+    assert certificate["decode"]["greedy_tokens"] == decoded
+
+
 @pytest.mark.parametrize("record", ["{}", "[]", "{", '{"options": {}, "files": {}, "tensors": []}', "null"])
 def test_damaged_provenance(source, target, record):
     (target / "provenance.json").write_text(record)
