@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import write_exchange_card
-from .convert import PROVENANCE_NAME, build, check_target, copy_model_files, copy_tokenizer, provenance
+from .convert import PROVENANCE_NAME, build, check_target, copy_model_files, copy_tokenizer, provenance, target_config
 from .deepseek_layout import MARKER, StockLayout, experts_alike, is_unchanged
 from .families import Part, check_activation
 from .formats import ENGINES, MIXTURES, Format, Mixture, format_of
@@ -380,8 +380,6 @@ def _configuration(kind: str, fields: dict[str, Any]) -> Any:
     """The configuration object of a model type."""
     from transformers import AutoConfig
 
-    from ..model.configuration_hf_moe import HfMoeConfig
-
-    if kind == HfMoeConfig.model_type:
-        return HfMoeConfig(**fields)
+    if kind == "hf_moe":
+        return target_config(fields)
     return AutoConfig.for_model(kind, **{key: value for key, value in fields.items() if key != "model_type"})

@@ -86,6 +86,8 @@ def verify(
     if tokens < 2 or new_tokens < 1:
         # A loss needs a next token.
         raise ValueError(f"tokens={tokens} must be at least 2 and new_tokens={new_tokens} at least 1")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
     record = read_record(folder)
     failures = _check_bytes(opened, folder, record, progress)
     certificate: dict[str, Any] = {"passed": False, "failures": failures, "source": opened.title}

@@ -227,6 +227,15 @@ def damage(kind, folder):
     if kind == "unknown activation":
         edit_config(folder, hidden_act="foo")
         return "the activation 'foo' is not known; known are silu"
+    if kind == "unknown rope":
+        edit_config(folder, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4})
+        return "rope_type='spiral' is not known; known are default, linear"
+    if kind == "rope of no length":
+        edit_config(folder, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5})
+        return "the target cannot hold this model: factor=0.5 of rope_type='linear' must be at least 1"
+    if kind == "head of its own, said to be tied":
+        edit_config(folder, tie_word_embeddings=True)
+        return "dense has a lm_head.weight other than model.embed_tokens.weight, and tie_word_embeddings=True"
     if kind == "shape":
         edit_config(folder, intermediate_size=72)
         return r"has the shape \[64, 48\], the configuration says \[72, 48\]"
@@ -268,6 +277,9 @@ DAMAGES = [
     "option of another type",
     "mlp bias",
     "unknown activation",
+    "unknown rope",
+    "rope of no length",
+    "head of its own, said to be tied",
     "shape",
     "missing tensor",
     "unknown tensor",
