@@ -93,6 +93,19 @@ def _show(summary: dict[str, Any]) -> None:
         )
 
 
+def _show_price(folder: Path) -> None:
+    """Print what a compressed attention cost."""
+    from ..upcycling.ledger import read_ledger
+
+    ledger = read_ledger(folder)
+    model, share = ledger["model"], ledger["cache_numbers"] / ledger["cache_numbers_source"]
+    typer.echo(
+        f"{share:.1%} of the source's cache costs, on {ledger['tokens_measured']:,} tokens, KL {model['kl']:.4f} nats; "
+        f"same most likely token {model['top1']:.2%}, perplexity {model['ppl_source']:.3f} -> {model['ppl']:.3f}. "
+        "More in ledger.json."
+    )
+
+
 def _time(seconds: float) -> str:
     """Seconds for people, in the largest unit of which there are two."""
     for unit, size in (("h", 3600), ("min", 60)):
@@ -271,6 +284,8 @@ def upcycle(
 
         options, target = _options(choices), check_target(out)
         path = convert(open_source([source, *(branch or [])]), target, options, progress=not quiet)
+        if options.attention == "compress":
+            _show_price(path)
         words = ["hf-moe", "verify", source, str(out), *chain(*(("--branch", each) for each in branch or []))]
         typer.echo(f"{path} is ready. Prove it with: {shlex.join(words)}")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..cost import cache_widths
 from .ledger import read_ledger
+from .ledger_plot import PLOT_NAME
 from .options import ATTENTIONS, MODES
 from .plan import Plan
 from .sources import Source
@@ -166,10 +167,11 @@ def _price(plan: Plan, folder: Path) -> str:
         ("same most likely token", f"{exact['top1']:.2%}", f"{model['top1']:.2%}"),
         ("perplexity", f"{exact['ppl']:.3f}", f"{model['ppl']:.3f}"),
     ]
+    plot = f"![KL over cache bytes, and the layers' sizes]({PLOT_NAME})\n\n" if (folder / PLOT_NAME).is_file() else ""
     return (
         f"{_PRICE}\n\n"
         f"On {ledger['tokens_measured']:,} tokens that nothing was learnt from; layers in `ledger.json`.\n\n"
-        f"{_THIS}\n|---|---|---|\n" + "".join(f"| {name} | {a} | {b} |\n" for name, a, b in rows) + "\n"
+        f"{_THIS}\n|---|---|---|\n" + "".join(f"| {name} | {a} | {b} |\n" for name, a, b in rows) + f"\n{plot}"
     )
 
 

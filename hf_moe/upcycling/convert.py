@@ -19,6 +19,7 @@ from .headers import INDEX_NAME
 from .journal import JOURNAL_NAME, Journal
 from .layout import exact_config, make_plan
 from .ledger import read_ledger, widths_in
+from .ledger_plot import PLOT_NAME, draw_ledger
 from .options import Options
 from .plan import Plan
 from .progress import byte_bar
@@ -209,6 +210,8 @@ def write_rest(plan: Plan, source: Source, config: Any, folder: Path, journal: J
     copy_tokenizer(source, folder)
     if not (folder / "generation_config.json").is_file():
         _write_generation_config(plan, folder)
+    if plan.options.attention == "compress":
+        draw_ledger(read_ledger(folder), plan.item, folder / PLOT_NAME)
     write_card(plan, source, folder)
     _write_json(folder / PROVENANCE_NAME, provenance(plan, source, folder, journal))
 

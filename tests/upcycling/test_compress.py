@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -119,6 +120,13 @@ def test_uniform_sizes_and_a_limit_on_the_price(tmp_path):
     assert config["kv_lora_ranks"] is None
     assert len(set(cache_widths(config))) == 1
     assert ledger_of(target)["model"]["kl"] > 1e-3
+    curve = ledger_of(target)["curve"]
+    assert all(a["cache_numbers"] < b["cache_numbers"] for a, b in pairwise(curve))
+    assert all(a["predicted_kl"] > b["predicted_kl"] for a, b in pairwise(curve))
+    half = next(p["predicted_kl"] for p in curve if p["cache_numbers"] == ledger_of(target)["cache_numbers"])
+    assert half == pytest.approx(sum(row["predicted_kl"] for row in ledger_of(target)["layers"]))
+    assert (target / "ledger.png").read_bytes().startswith(b"\x89PNG")
+    assert "(ledger.png)" in (target / "README.md").read_text()
     within = ledger_of(upcycle(source, tmp_path / "within", max_kl=1e-3, **TEXT))
     assert within["model"]["kl"] <= 1e-3
     assert within["cache_numbers"] < within["cache_numbers_source"]
