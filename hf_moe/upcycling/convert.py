@@ -150,6 +150,10 @@ def build(
     """
     partial = partial_folder(target)
     _check_space(target.parent, plan, source, partial)
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / JOURNAL_NAME).is_file():
+        raise FileExistsError(
+            f"{partial} is in the way, and no interrupted conversion's: finish it, remove it, or choose another name"
+        )
     partial.mkdir(exist_ok=True)
     journal = Journal(partial, digest)
     try:

@@ -18,7 +18,7 @@ RATE = 400_000_000
 FLOPS = 40_000_000_000
 
 
-def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
+def summarise(plan: Plan, source: Source) -> dict[str, Any]:
     """Sizes before and after, a row for each layer, and what the conversion itself takes.
 
     Returns:
@@ -56,8 +56,8 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
         "conversion": {
             "memory_peak_bytes": max(peak, text.memory if text else 0) + BASE_MEMORY,
             "disk_bytes": disk_bytes(plan, source),
-            "seconds": round((source.nbytes + plan.nbytes) / rate + learning, 1),
-            "assumed_bytes_per_second": rate,
+            "seconds": round((source.nbytes + plan.nbytes) / RATE + learning, 1),
+            "assumed_bytes_per_second": RATE,
             "calibration": text
             and {
                 "tokens": text.tokens,

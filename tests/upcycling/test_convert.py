@@ -165,6 +165,20 @@ def test_too_small_disk_is_refused_before_anything_is_written(source, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
+def test_what_another_command_left_is_not_cleared(source, tmp_path):
+    left = tmp_path / ".moe.partial" / "checkpoints"
+    left.mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"\.moe\.partial is in the way"):
+        upcycle(source, tmp_path / "moe", **CHOICES)
+    assert left.is_dir()
+
+
+def test_card_tells_all_that_was_chosen(source, tmp_path):
+    choices = CHOICES | {"router_std": 0.5, "max_shard_bytes": 100_000}
+    card = (upcycle(source, tmp_path / "moe", **choices) / "README.md").read_text()
+    assert "--router-std 0.5 --max-shard-bytes 100000 --seed 0" in card
+
+
 def test_two_processes_do_not_write_one_target(source, tmp_path):
     from hf_moe.upcycling.journal import Journal
 

@@ -84,6 +84,23 @@ def test_text(source, target):
         verify(source, target, text="short", **QUICK)
 
 
+def test_card_says_that_bytes_are_off(source, target):
+    verify(source, target, tokens=64, new_tokens=2, progress=False)
+    assert "| result | passed |" in (target / "README.md").read_text()
+    (target / "config.json").write_text("{}")
+    with pytest.raises(VerificationError):
+        verify(source, target, tokens=64, new_tokens=2, progress=False)
+    card = (target / "README.md").read_text()
+    assert "| result | failed: config.json has changed since it was written |" in card
+    assert "greedy tokens" not in card
+
+
+def test_a_source_of_the_name_conversion(tmp_path):
+    source = save_dense(tmp_path / "conversion")
+    target = upcycle(source, tmp_path / "moe", experts=2, progress=False)
+    assert verify(source, target, tokens=20, new_tokens=2, progress=False)["passed"]
+
+
 def test_without_a_tokenizer(tmp_path):
     source = save_dense(tmp_path / "dense", dtype=torch.bfloat16)
     target = upcycle(source, tmp_path / "moe", progress=False)
