@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 
 PACKAGE = __package__.partition(".")[0]
 
@@ -41,7 +42,7 @@ def one_sentence(resumable: bool = False, model: bool = True) -> Iterator[None]:
             raise
         typer.echo(f"Error: this command needs {error.name}, which is not installed", err=True)
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         message = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
         typer.echo(f"Error: {' '.join(str(message).split())}", err=True)
         sys.exit(1)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .app import ATTENTION, MIXTURE, NUMBERS, OUTPUT, Quiet, app, one_sentence
+from .shown import show_plan, show_price
 
 SOURCE_HELP = "Folder of safetensors, a .gguf file, or a Hub id such as owner/name or owner/name@revision."
 
@@ -58,49 +59,6 @@ def _options(choices: dict[str, Any]) -> Any:
     return Options(**{**chosen, **lists})
 
 
-def _show(summary: dict[str, Any]) -> None:
-    """Print a plan's summary as tables."""
-    from rich.console import Console
-    from rich.filesize import decimal
-    from rich.table import Table
-
-    console, source, target, run = Console(), summary["source"], summary["target"], summary["conversion"]
-    table = Table("", "source", "target", title=f"{source['name']} ({source['family']})")
-    table.add_row("parameters", f"{source['parameters']:,}", f"{target['parameters']:,}")
-    table.add_row("active for a token", f"{source['parameters']:,}", f"{target['active_parameters']:,}")
-    table.add_row("bytes", f"{source['bytes']:,}", f"{target['bytes']:,}")
-    table.add_row("cache bytes a token", f"{source['cache_bytes_per_token']:,}", f"{target['cache_bytes_per_token']:,}")
-    console.print(table)
-    rows = Table("layer", "attention", "MLP", "parameters", "active", "bytes", "cache bytes a token")
-    names = ("layer", "attention", "mlp", "parameters", "active_parameters", "bytes", "cache_bytes_per_token")
-    for layer in summary["layers"]:
-        cells = (layer[name] for name in names)
-        rows.add_row(*(f"{cell:,}" if isinstance(cell, int) else cell.removesuffix("_attention") for cell in cells))
-    console.print(rows)
-    if source["left_out"]:
-        console.print(f"Only the language model is converted: left out are {', '.join(source['left_out'])}.")
-    text, files = run["calibration"], "1 file" if target["files"] == 1 else f"{target['files']} files"
-    console.print(
-        f"The conversion writes {decimal(target['bytes'])} in {files}, needs {decimal(run['disk_bytes'])} of disk, and "
-        f"holds at most {decimal(run['memory_peak_bytes'])} in memory. It takes about {_time(run['seconds'])} at "
-        f"{decimal(run['assumed_bytes_per_second'])} a second"
-        + (f" and {text['assumed_flops_per_second'] / 1e9:.0f} GFLOP/s." if text else ".")
-    )
-    if text:
-        console.print(
-            f"Of that, reading {text['tokens']:,} tokens of calibration text takes {decimal(text['memory_bytes'])} of "
-            f"memory, {decimal(text['disk_bytes'])} of disk, and {_time(text['seconds'])}; less on a GPU."
-        )
-
-
-def _time(seconds: float) -> str:
-    """Seconds for people, in the largest unit of which there are two."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 SourceArgument = Annotated[str, typer.Argument(help=SOURCE_HELP)]
 Mode = Annotated[
     str,
@@ -138,6 +96,7 @@ Router = Annotated[
         rich_help_panel=MIXTURE,
     ),
 ]
+RouterStd = Annotated[float, typer.Option(help="Deviation of a random router's weights.", rich_help_panel=MIXTURE)]
 Calibration = Annotated[
     list[str] | None,
     typer.Option(
@@ -200,6 +159,7 @@ def plan(
     noise_std: NoiseStd = 0.05,
     dense_layers: DenseLayers = "",
     router: Router = None,
+    router_std: RouterStd = 0.02,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = None,
     attention: Attention = "exact",
@@ -226,7 +186,7 @@ def plan(
 
             typer.echo(dumps(summary, indent=1))
         else:
-            _show(summary)
+            show_plan(summary)
 
 
 @app.command()
@@ -244,6 +204,7 @@ def upcycle(
     noise_std: NoiseStd = 0.05,
     dense_layers: DenseLayers = "",
     router: Router = None,
+    router_std: RouterStd = 0.02,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = None,
     attention: Attention = "exact",
@@ -271,6 +232,8 @@ def upcycle(
 
         options, target = _options(choices), check_target(out)
         path = convert(open_source([source, *(branch or [])]), target, options, progress=not quiet)
+        if options.attention == "compress":
+            show_price(path)
         words = ["hf-moe", "verify", source, str(out), *chain(*(("--branch", each) for each in branch or []))]
         typer.echo(f"{path} is ready. Prove it with: {shlex.join(words)}")
 

@@ -44,7 +44,7 @@ def export(
     """Write a model as one of Transformers' own classes, which needs nothing of this package."""
     with one_sentence(resumable=True):
         from ..upcycling.exchange import export as run
-        from ..upcycling.exchange import measure_export
+        from ..upcycling.export_measures import measure_export
 
         typer.echo(f"{run(folder, out, to, engine=engine, latent_norm=latent_norm, progress=not quiet)} is ready.")
         if measure:

@@ -97,7 +97,7 @@ def calibrate(source: Source, options: Options, fields: dict[str, Any], folder: 
         assert options.calibration_tokens is not None
         positions = source.config.get("max_position_embeddings") or ATTENTION_CONTEXT
         context, learnt_rows, measured = rows_of(options.calibration_tokens, positions)
-        ids = _ids(source, "\n\n".join(texts(options)), context, learnt_rows + measured)
+        ids = _ids(source, "\n\n".join(texts(options)), context, learnt_rows + measured, bool(options.calibration))
         learn_attention(source, options, fields, Text(ids, measured), folder, progress)
     path = folder / CALIBRATION_NAME
     if needs_experts(options) and not path.is_file():
@@ -145,7 +145,8 @@ def _learn(source: Source, options: Options, sparse: list[int], progress: bool) 
             tokens, positions = options.calibration_tokens, branch.config.get("max_position_embeddings")
             assert tokens is not None
             context = min(EXPERTS_CONTEXT, tokens, positions or EXPERTS_CONTEXT)
-            run_by_layers(branch, _ids(branch, text, context, tokens // context), observe, advance)
+            ids = _ids(branch, text, context, tokens // context, bool(options.calibration))
+            run_by_layers(branch, ids, observe, advance)
     if options.router == "prompts":
         for layer, each in inputs.items():
             rows = mean_router(each, torch.cat(each))
@@ -153,12 +154,18 @@ def _learn(source: Source, options: Options, sparse: list[int], progress: bool) 
     return learnt
 
 
-def _ids(source: Source, text: str, context: int, rows: int) -> torch.Tensor:
-    """Ids (rows, context); random ones where the source has no tokenizer."""
+def _ids(source: Source, text: str, context: int, rows: int, chosen: bool) -> torch.Tensor:
+    """Ids (rows, context); random ones where the source has no tokenizer.
+
+    Raises:
+        ValueError: a text that is too short, or one that was chosen and cannot be read without a tokenizer.
+    """
     from transformers import AutoTokenizer
 
     tokens = context * rows
-    if source.vocabulary() is None and "gguf_file" not in source.load_arguments():
+    if not source.has_tokenizer():
+        if chosen:
+            raise ValueError(f"{source.title} has no tokenizer, so the calibration text cannot be read")
         random = torch.Generator().manual_seed(1)
         ids = torch.randint(source.config["vocab_size"], (tokens,), generator=random)
     else:

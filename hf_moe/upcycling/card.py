@@ -6,7 +6,8 @@ from typing import Any
 
 from ..cost import cache_widths
 from .ledger import read_ledger
-from .options import ATTENTIONS, MODES
+from .ledger_plot import PLOT_NAME
+from .options import ATTENTIONS, MODES, Options
 from .plan import Plan
 from .sources import Source
 
@@ -166,10 +167,11 @@ def _price(plan: Plan, folder: Path) -> str:
         ("same most likely token", f"{exact['top1']:.2%}", f"{model['top1']:.2%}"),
         ("perplexity", f"{exact['ppl']:.3f}", f"{model['ppl']:.3f}"),
     ]
+    plot = f"![KL over cache bytes, and the layers' sizes]({PLOT_NAME})\n\n" if (folder / PLOT_NAME).is_file() else ""
     return (
         f"{_PRICE}\n\n"
         f"On {ledger['tokens_measured']:,} tokens that nothing was learnt from; layers in `ledger.json`.\n\n"
-        f"{_THIS}\n|---|---|---|\n" + "".join(f"| {name} | {a} | {b} |\n" for name, a, b in rows) + "\n"
+        f"{_THIS}\n|---|---|---|\n" + "".join(f"| {name} | {a} | {b} |\n" for name, a, b in rows) + f"\n{plot}"
     )
 
 
@@ -189,11 +191,21 @@ def add_measurements(folder: Path, certificate: dict[str, Any]) -> None:
     """Put the certificate's numbers into the card, in place of those of an earlier run."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if _BEGIN not in text or _END not in text or "logits" not in certificate:
+    if _BEGIN not in text or _END not in text:
         return
+    rows = [("result", "passed" if certificate["passed"] else f"failed: {certificate['failures'][0]}")]
+    # Where bytes are off nothing is run.
+    rows += _measurements(certificate) if "logits" in certificate else []
+    table = "\n".join(
+        ["## Measured against the source", "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    )
+    before, rest = text.split(_BEGIN, 1)
+    path.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{rest.split(_END, 1)[1]}", encoding="utf-8")
+
+
+def _measurements(certificate: dict[str, Any]) -> list[tuple[str, str]]:
     logits, loss, decode = certificate["logits"], certificate["loss"], certificate["decode"]
-    rows = [
-        ("result", "passed" if certificate["passed"] else f"failed: {certificate['failures'][0]}"),
+    return [
         ("text", f"{logits['tokens']} tokens of {certificate['text']}"),
         ("largest difference of a logit, fp32", f"{logits['max_abs_difference']:.2e}"),
         ("same most likely token", f"{logits['top1_agreement']:.2%}"),
@@ -201,11 +213,6 @@ def add_measurements(folder: Path, certificate: dict[str, Any]) -> None:
         ("loss of this model", f"{loss['target']:.4f} ({loss['difference']:+.4f})"),
         (f"{decode['greedy_tokens']} greedy tokens", "the same" if decode["greedy_equal"] else "not the same"),
     ]
-    table = "\n".join(
-        ["## Measured against the source", "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
-    )
-    before, rest = text.split(_BEGIN, 1)
-    path.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{rest.split(_END, 1)[1]}", encoding="utf-8")
 
 
 def add_healing(folder: Path, record: dict[str, Any], command: str) -> None:
@@ -277,4 +284,7 @@ def command_line(plan: Plan, source: Source, name: str) -> str:
             words += [f"--{name.replace('_', '-')}", value]
     words += ["--uniform"] if options.uniform else []
     words += ["--router", options.router, "--dtype", options.dtype]
+    for name in ("router_std", "max_shard_bytes"):
+        if (value := getattr(options, name)) != Options.__dataclass_fields__[name].default:
+            words += [f"--{name.replace('_', '-')}", value]
     return shlex.join(map(str, [*words, "--seed", options.seed]))

@@ -19,6 +19,7 @@ from .headers import INDEX_NAME
 from .journal import JOURNAL_NAME, Journal
 from .layout import exact_config, make_plan
 from .ledger import read_ledger, widths_in
+from .ledger_plot import PLOT_NAME, draw_ledger
 from .options import Options
 from .plan import Plan
 from .progress import byte_bar
@@ -80,11 +81,11 @@ def partial_folder(target: Path) -> Path:
 
 def convert(source: Source, target: Path, options: Options, progress: bool) -> Path:
     """As `upcycle`, from an opened source and a checked target."""
-    from ..model.configuration_hf_moe import HfMoeConfig
-
     plan = make_plan(source, options)
     # Refuses, before anything is written, what the model could not be built from.
-    config = HfMoeConfig(**plan.config)
+    config = target_config(plan.config)
+    for each in source.branches:
+        _check_tied_head(each)
     digest = plan.digest(source.fingerprint(), config.to_dict(), digest_of_texts(options))
 
     def prepare(partial: Path) -> tuple[Plan, Source]:
@@ -92,9 +93,40 @@ def convert(source: Source, target: Path, options: Options, progress: bool) -> P
         return learnt_plan(source, options, partial), learnt
 
     def finish(plan: Plan, partial: Path, journal: Journal) -> None:
-        write_rest(plan, source, HfMoeConfig(**plan.config), partial, journal)
+        write_rest(plan, source, target_config(plan.config), partial, journal)
 
     return build(plan, source, target, digest, finish, progress, prepare)
+
+
+def target_config(fields: dict[str, Any]) -> Any:
+    """The `HfMoeConfig` of these fields.
+
+    Raises:
+        ValueError: one that no model could be built from.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from ..model.configuration_hf_moe import HfMoeConfig
+
+    try:
+        return HfMoeConfig(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"the target cannot hold this model: {error.__cause__ or error}") from error
+
+
+def _check_tied_head(source: Source) -> None:
+    """Refuse a head of its own that the configuration says is the embedding: one of the two would be lost.
+
+    Cost: reads both, where both are stored.
+    """
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if source.config.get("tie_word_embeddings") and all(name in source.headers for name in names):
+        embedding, head = map(source.read, names)
+        if not embedding.equal(head):
+            raise ValueError(
+                f"{source.title} has a {names[1]} other than {names[0]}, and tie_word_embeddings=True: say False in "
+                "its config.json to keep both, or remove the first"
+            )
 
 
 def learnt_plan(source: Source, options: Options, folder: Path) -> Plan:
@@ -118,6 +150,10 @@ def build(
     """
     partial = partial_folder(target)
     _check_space(target.parent, plan, source, partial)
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / JOURNAL_NAME).is_file():
+        raise FileExistsError(
+            f"{partial} is in the way, and no interrupted conversion's: finish it, remove it, or choose another name"
+        )
     partial.mkdir(exist_ok=True)
     journal = Journal(partial, digest)
     try:
@@ -178,6 +214,8 @@ def write_rest(plan: Plan, source: Source, config: Any, folder: Path, journal: J
     copy_tokenizer(source, folder)
     if not (folder / "generation_config.json").is_file():
         _write_generation_config(plan, folder)
+    if plan.options.attention == "compress":
+        draw_ledger(read_ledger(folder), plan.item, folder / PLOT_NAME)
     write_card(plan, source, folder)
     _write_json(folder / PROVENANCE_NAME, provenance(plan, source, folder, journal))
 

@@ -102,8 +102,9 @@ def _attention(plan: Plan, source: Source) -> Demand:
     state, scores, layer = row * hidden * _FLOAT, heads * row**2 * _FLOAT, _layer(source)
     weights = layer * _FLOAT + 2 * projections * _DOUBLE
     moments = latent**2 * _DOUBLE
-    survey = (rows + layers) * state + learnt * row * latent * _FLOAT + max(6 * scores, 5 * moments)
-    build = 2 * rows * state + max(8 * moments, 3 * (heads * width) ** 2 * _DOUBLE)
+    # How many intermediates there are at a time is of measurement.
+    survey = (rows + layers) * state + learnt * row * latent * _FLOAT + 9 * scores + 5 * moments
+    build = 2 * rows * state + 20 * moments + 3 * (heads * width) ** 2 * _DOUBLE
     vocabulary = config["vocab_size"] * (hidden + 6 * 512) * _FLOAT
     memory = max(weights + max(survey, build), vocabulary + 2 * rows * state)
 

@@ -10,35 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from .card import write_exchange_card
-from .convert import PROVENANCE_NAME, build, check_target, copy_model_files, copy_tokenizer, provenance
+from .convert import PROVENANCE_NAME, build, check_target, copy_model_files, copy_tokenizer, provenance, target_config
 from .deepseek_layout import MARKER, StockLayout, experts_alike, is_unchanged
+from .export_measures import measure_latent_norms
 from .families import Part, check_activation
 from .formats import ENGINES, MIXTURES, Format, Mixture, format_of
-from .headers import INDEX_NAME, read_folder
+from .headers import INDEX_NAME
 from .journal import Journal
+from .mixture_source import MixtureSource
 from .options import Options
 from .plan import DTYPE_NAMES, Plan, TargetTensor, pack
-from .sources import FolderSource, filled_in, hub_folder, read_config
 
 LATENT_NORMS = ("constant", "calibrated")
-
-
-class MixtureSource(FolderSource):
-    """A folder that holds a mixture already: ours, or one of `MIXTURES`."""
-
-    def __init__(self, location: str):
-        fetched = hub_folder(location)
-        path = fetched or Path(location).expanduser()
-        # Not FolderSource's: that one wants a dense family.
-        super(FolderSource, self).__init__(location, path, fetched.name if fetched else None)
-        raw = read_config(path)
-        self.model_type = raw.get("model_type")
-        if self.model_type not in ("hf_moe", *MIXTURES):
-            known = ", ".join(["hf_moe", *MIXTURES])
-            raise ValueError(f"{path} holds a {self.model_type!r} model; known are {known}")
-        self.config = filled_in(raw)
-        self.headers = self._stored = read_folder(path)
-        self._encodings = {}
 
 
 def export(
@@ -88,70 +71,6 @@ def export(
         _check_selection(source)
         tensors = [_copy(source, theirs, part) for theirs, part in _outward(source, layout)]
     return _write(source, target, layout.model_type, fields, tensors, progress)
-
-
-def measure_latent_norms(source: MixtureSource, progress: bool, tokens: int = 2048) -> list[float]:
-    """Mean over a text's tokens of each layer's latent's root mean square, padded as `export` pads it.
-
-    Times that, a normed latent has the least squared error.
-    """
-    import torch
-
-    from .progress import step_bar
-    from .verification import load_target, quiet_loading, token_ids
-
-    ids, _ = token_ids(source, source.path, None, min(tokens, source.config["max_position_embeddings"]))
-    with quiet_loading():
-        model = load_target(source.path)
-    ranks, means = model.config.latent_widths, dict[int, float]()
-    with step_bar("measuring the latents", len(ranks), progress) as advance:
-        for number, layer in enumerate(model.model.layers):
-
-            def measure(module: Any, args: Any, output: torch.Tensor, number: int = number) -> None:
-                latent = output[..., : ranks[number]].double()
-                means[number] = (latent.square().sum(-1) / max(ranks)).sqrt().mean().item()
-                advance(1)
-
-            layer.self_attn.kv_a_proj_with_mqa.register_forward_hook(measure)
-        with torch.no_grad():
-            model.model(input_ids=ids, use_cache=False)
-    return [means[number] for number in range(len(ranks))]
-
-
-def measure_export(folder: str | Path, out: str | Path, *, tokens: int = 512, progress: bool = True) -> dict[str, Any]:
-    """How far an exported model is from ours: both run in fp32, on Python's language reference or random tokens.
-
-    Returns:
-        tokens, text, max_abs_difference, mean_abs_difference and top1_agreement of the logits; greedy_tokens and
-        whether they are equal.
-    Cost: both models in fp32, one after the other.
-    """
-    import gc
-
-    from transformers import AutoModelForCausalLM
-
-    from .verification import load_target, quiet_loading, run, token_ids
-
-    source, runs = MixtureSource(str(folder)), []
-    ids, text = token_ids(source, source.path, None, min(tokens, source.config["max_position_embeddings"]))
-    with quiet_loading():
-        for name, load in (
-            ("running the model", lambda: load_target(source.path)),
-            ("running the export", lambda: AutoModelForCausalLM.from_pretrained(out, dtype="float32").eval()),
-        ):
-            runs.append(run(load(), ids, 16, name, progress))
-            gc.collect()
-    ours, theirs = runs
-    difference = (theirs.logits - ours.logits).abs()
-    return {
-        "tokens": len(ours.logits),
-        "text": text,
-        "max_abs_difference": difference.max().item(),
-        "mean_abs_difference": difference.mean().item(),
-        "top1_agreement": (theirs.logits.argmax(-1) == ours.logits.argmax(-1)).double().mean().item(),
-        "greedy_tokens": len(ours.greedy),
-        "greedy_equal": ours.greedy == theirs.greedy,
-    }
 
 
 def import_mixture(folder: str | Path, out: str | Path, *, progress: bool = True) -> Path:
@@ -380,8 +299,6 @@ def _configuration(kind: str, fields: dict[str, Any]) -> Any:
     """The configuration object of a model type."""
     from transformers import AutoConfig
 
-    from ..model.configuration_hf_moe import HfMoeConfig
-
-    if kind == HfMoeConfig.model_type:
-        return HfMoeConfig(**fields)
+    if kind == "hf_moe":
+        return target_config(fields)
     return AutoConfig.for_model(kind, **{key: value for key, value in fields.items() if key != "model_type"})

@@ -60,6 +60,8 @@ ACTIVATIONS = (
     *("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "quick_gelu"),
     *("relu", "relu2", "relu6", "leaky_relu", "mish", "hardswish", "sigmoid", "tanh", "linear"),
 )
+# Those of Transformers.
+ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 # Buffers that old checkpoints stored and every model recomputes.
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
@@ -88,6 +90,9 @@ def _sliding_window(config: Config) -> int | None:
 
 def _rope(config: Config) -> dict[str, Any]:
     rope = dict(config["rope_parameters"])
+    for each in rope.values() if all(isinstance(each, dict) for each in rope.values()) else [rope]:
+        if each.get("rope_type") not in ROPES:
+            raise ValueError(f"rope_type={each.get('rope_type')!r} is not known; known are {', '.join(ROPES)}")
     # The target's P is the rotated width alone, so all of it rotates.
     rope.pop("partial_rotary_factor", None)
     original = config.get("original_max_position_embeddings")

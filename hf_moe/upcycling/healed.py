@@ -56,7 +56,7 @@ def heal(
 
     from ..training import healing
     from ..training.divergence import measure_agreement
-    from .verification import load_source, load_target, quiet_loading
+    from .model_runs import load_source, load_target, quiet_loading
 
     options, target, opened = healing.Healing(**choices), check_target(out), open_source(source)
     folder = Path(folder).expanduser()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .sources import Source
+from .stream import check_finite
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,14 @@ class DenseLayers:
         module.to(self.device)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor of the source in fp32."""
-        return self.source.read(name).float().to(self.device)
+        """A tensor of the source in fp32.
+
+        Raises:
+            ValueError: NaN or infinity, from which nothing can be learnt.
+        """
+        weight = self.source.read(name)
+        check_finite(name, weight)
+        return weight.float().to(self.device)
 
     @torch.no_grad()
     def run(

@@ -70,6 +70,7 @@ def learn_attention(
         "cache_numbers_source": limits.layers * limits.numbers,
         "tokens_learnt": text.ids[text.learnt].numel(),
         "tokens_measured": text.ids[text.measured].numel(),
+        "curve": _curve(found, limits, options.uniform),
     }
     write_ledger(folder / f".{LEDGER_NAME}", built.layers, built.model, about)
     os.replace(folder / f".{LEDGER_NAME}", folder / LEDGER_NAME)
@@ -77,6 +78,8 @@ def learn_attention(
 
 # Folder of the layers' moments while they are needed.
 _MOMENTS = ".moments"
+# Shares of the cache at which the ledger says what they would cost.
+_SHARES = (0.0625, 0.125, 0.1875, 0.25, 0.3125, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 # Share of the cache above which a layer alone loses nothing that could be measured.
 _PROBED = 0.75
 
@@ -116,6 +119,18 @@ def _within(found: Survey, limits: Limits, most: float, same: bool, made: Any) -
             low = total
         goal *= most / max(kl, 0.1 * most)
     return made(_sizes(found, full if best is None else best, same))
+
+
+def _curve(found: Survey, limits: Limits, same: bool) -> list[dict[str, float]]:
+    """What other sizes of the whole cache would cost, by the same prediction by which the layers' were chosen."""
+    points = []
+    for share in _SHARES:
+        numbers = int(share * limits.numbers)
+        if numbers >= limits.least:
+            sizes = _sizes(found, numbers * (1 if same else limits.layers), same)
+            spent, damage = sum(size.numbers for size in sizes), sum(size.damage for size in sizes)
+            points.append({"cache_numbers": spent, "predicted_kl": damage})
+    return points
 
 
 def _sizes(found: Survey, total: int, same: bool) -> list[Candidate]:

@@ -13,7 +13,11 @@ LEDGER_NAME = "ledger.json"
 
 
 def write_ledger(path: Path, layers: list[dict[str, Any]], model: dict[str, float], about: dict[str, Any]) -> None:
-    """Write a row for each layer, and the whole model's figures beside those of the exact form, which loses nothing."""
+    """Write a row for each layer, and the whole model's figures beside those of the exact form, which loses nothing.
+
+    Args:
+        about: what else is known: numbers cached, tokens read, and the curve of predicted KL over numbers cached.
+    """
     exact = {"kl": 0.0, "top1": 1.0, "ppl": model["ppl_source"]}
     content = {"format": 1, **about, "model": model, "exact": exact, "layers": layers}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

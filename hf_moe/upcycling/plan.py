@@ -88,6 +88,11 @@ class Plan:
         """Numbers in all weight files."""
         return sum(prod(tensor.shape) for tensor in self.tensors())
 
+    @property
+    def item(self) -> int:
+        """Bytes of a number in the target's type, which its cache has too."""
+        return ITEM_SIZE[next(key for key, name in DTYPE_NAMES.items() if name == self.config["dtype"])]
+
     def index(self) -> dict[str, Any]:
         """Content of the index file."""
         weight_map = {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}

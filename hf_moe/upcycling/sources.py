@@ -93,6 +93,10 @@ class Source(ABC):
         model = json.loads(path.read_text(encoding="utf-8")).get("model", {})
         return model.get("vocab")
 
+    def has_tokenizer(self) -> bool:
+        """Whether text can be turned into its tokens."""
+        return holds_tokenizer(self.path)
+
     @property
     def foreign(self) -> bool:
         """Whether Transformers by itself would load something else than the language model in plain numbers."""
@@ -204,6 +208,11 @@ class FolderSource(Source):
         front = card.read_text(encoding="utf-8", errors="replace").split("---")
         match = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if len(front) > 2 else None
         return match[1] if match else None
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 
 
 def torch_dtype(name: str) -> "torch.dtype":

@@ -26,7 +26,7 @@ from .rotation import Rotation, as_pairs, gather, interleaved, unrotated
 _MOST = 1e4
 _RIDGE = 1e-6
 # Numbers of one intermediate (H, S, pairs) that are in memory at once.
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)

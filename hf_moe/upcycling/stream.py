@@ -88,8 +88,7 @@ def _produced(source: Source, tensor: TargetTensor, held: Held, hashers: Executo
 def _checked_digest(name: str, box: list[torch.Tensor]) -> str:
     """SHA-256 of the tensor in the box, which is emptied: an executor would hold an argument for longer."""
     weight = box.pop()
-    if weight.is_floating_point() and not all_finite(weight):
-        raise ValueError(f"{name} holds NaN or infinity; the source is damaged")
+    check_finite(name, weight)
     return hashlib.sha256(as_bytes(weight)).hexdigest()
 
 
@@ -119,6 +118,16 @@ def apply_rule(tensor: TargetTensor, inputs: list[torch.Tensor]) -> torch.Tensor
             raise ValueError(f"{tensor.name} has numbers above the largest of {tensor.dtype}; choose another dtype")
     assert result.shape == tensor.shape, (tensor, result.shape)
     return result
+
+
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Refuse a tensor of a source with NaN or infinity.
+
+    Raises:
+        ValueError.
+    """
+    if weight.is_floating_point() and not all_finite(weight):
+        raise ValueError(f"{name} holds NaN or infinity; the source is damaged")
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ from .. import cost
 from .demand import demand, disk_bytes
 from .families import CALIBRATION
 from .headers import FLOAT_TYPES, ITEM_SIZE
-from .plan import DTYPE_NAMES, TENSORS_AHEAD, Plan
+from .plan import TENSORS_AHEAD, Plan
 from .sources import Source
 
 # Interpreter, torch and buffers, before the first weight.
@@ -18,7 +18,7 @@ RATE = 400_000_000
 FLOPS = 40_000_000_000
 
 
-def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
+def summarise(plan: Plan, source: Source) -> dict[str, Any]:
     """Sizes before and after, a row for each layer, and what the conversion itself takes.
 
     Returns:
@@ -26,9 +26,8 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
         the cache bytes a token. `memory_peak_bytes` is one layer of the source and the tensors that wait to be written,
         or what reading calibration text takes; that alone is in `calibration`, None where no text is read.
     """
-    item = ITEM_SIZE[next(key for key, name in DTYPE_NAMES.items() if name == plan.config["dtype"])]
     count = cost.parameters(plan.config)
-    layers = [_layer(plan, source, layer, item) for layer in range(plan.config["num_hidden_layers"])]
+    layers = [_layer(plan, source, layer) for layer in range(plan.config["num_hidden_layers"])]
     outside = [t.nbytes + _read_bytes([t], source) for t in plan.tensors() if t.layer is None]
     largest = max(tensor.nbytes for tensor in plan.tensors() if tensor.layer is not None)
     peak = max([row["read_bytes"] + (1 + TENSORS_AHEAD) * largest for row in layers] + outside)
@@ -51,14 +50,14 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
             "active_parameters": count.active,
             "bytes": plan.nbytes,
             "files": len(plan.shards),
-            "cache_bytes_per_token": cost.cache_numbers(plan.config) * item,
+            "cache_bytes_per_token": cost.cache_numbers(plan.config) * plan.item,
             "forward_flops_per_token": cost.forward_flops(plan.config, 0),
         },
         "conversion": {
             "memory_peak_bytes": max(peak, text.memory if text else 0) + BASE_MEMORY,
             "disk_bytes": disk_bytes(plan, source),
-            "seconds": round((source.nbytes + plan.nbytes) / rate + learning, 1),
-            "assumed_bytes_per_second": rate,
+            "seconds": round((source.nbytes + plan.nbytes) / RATE + learning, 1),
+            "assumed_bytes_per_second": RATE,
             "calibration": text
             and {
                 "tokens": text.tokens,
@@ -72,7 +71,7 @@ def summarise(plan: Plan, source: Source, rate: int = RATE) -> dict[str, Any]:
     }
 
 
-def _layer(plan: Plan, source: Source, layer: int, item: int) -> dict[str, Any]:
+def _layer(plan: Plan, source: Source, layer: int) -> dict[str, Any]:
     tensors = [tensor for tensor in plan.tensors() if tensor.layer == layer]
     total = sum(prod(tensor.shape) for tensor in tensors)
     routed = sum(prod(tensor.shape) for tensor in tensors if ".mlp.experts." in tensor.name)
@@ -86,7 +85,7 @@ def _layer(plan: Plan, source: Source, layer: int, item: int) -> dict[str, Any]:
         + routed * plan.config["num_experts_per_tok"] // plan.config["n_routed_experts"],
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "read_bytes": _read_bytes(tensors, source),
-        "cache_bytes_per_token": cost.cache_widths(plan.config)[layer] * item,
+        "cache_bytes_per_token": cost.cache_widths(plan.config)[layer] * plan.item,
     }
 
 

@@ -7,7 +7,6 @@ import gc
 import json
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,15 +15,16 @@ from typing import Any
 import torch
 import transformers
 
-from .calibration import CALIBRATION_NAME, CalibratedSource, default_text, needs_experts
+from .calibration import CALIBRATION_NAME, CalibratedSource, needs_experts
 from .card import add_measurements
 from .convert import PROVENANCE_NAME, learnt_plan
 from .headers import read_folder
 from .learnt_attention import ATTENTION_NAME
 from .ledger import LEDGER_NAME
+from .model_runs import fixed_length, load_source, load_target, quiet_loading, run, token_ids
 from .options import EXACT_MODES, Options
 from .plan import Plan
-from .progress import byte_bar, step_bar
+from .progress import byte_bar
 from .sources import Source, open_source
 from .stream import ahead, hash_bytes, produce
 
@@ -34,21 +34,6 @@ _CHUNK = 256
 
 class VerificationError(ValueError):
     """The target is not what it should be; the message names the first difference, the certificate all of them."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one model did with the text: fp32 on the CPU.
-
-    logits: (S, V). greedy: ids that follow the prompt. cached: logits of those steps from the cache, (steps, V).
-    uncached: the same from one pass without a cache. loss: mean cross-entropy of the text.
-    """
-
-    logits: torch.Tensor
-    greedy: list[int]
-    cached: torch.Tensor
-    uncached: torch.Tensor
-    loss: float
 
 
 def verify(
@@ -71,7 +56,8 @@ def verify(
     Args:
         text: what the models read; by default the Python language reference that comes with the interpreter. Without
             a tokenizer the tokens are random.
-        tokens: at least 2; of a source with fewer positions, so many. new_tokens: at least 1.
+        tokens: at least 2; of a source with fewer positions, so many. new_tokens: at least 1; where the rope changes
+            with the length, prompt and new tokens stay below.
         tolerance: largest |Δlogit| that passes.
     Returns:
         The certificate.
@@ -85,6 +71,8 @@ def verify(
     if tokens < 2 or new_tokens < 1:
         # A loss needs a next token.
         raise ValueError(f"tokens={tokens} must be at least 2 and new_tokens={new_tokens} at least 1")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
     record = read_record(folder)
     failures = _check_bytes(opened, folder, record, progress)
     certificate: dict[str, Any] = {"passed": False, "failures": failures, "source": opened.title}
@@ -133,18 +121,20 @@ def read_record(folder: Path) -> Record:
         ValueError: there is none, or it is not what `upcycle` writes.
     """
     path = folder / PROVENANCE_NAME
-    if not path.is_file() or '"conversion"' in path.read_text(encoding="utf-8"):
-        raise ValueError(
-            f"{folder} holds no {PROVENANCE_NAME}, so nobody can say which bytes of a source made it: only what hf-moe "
-            "upcycle wrote can be verified, not a model that was exported, imported or trained further"
-        )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"conversion": None}
+        if "conversion" in content:
+            raise VerificationError(
+                f"{folder} holds no {PROVENANCE_NAME}, so nobody can say which bytes of a source made it: only what "
+                "hf-moe upcycle wrote can be verified, not a model that was exported, imported or trained further"
+            )
         choices = content["options"]
         lists = {"dense_layers": tuple(choices["dense_layers"]), "calibration": tuple(choices.get("calibration", ()))}
         options = Options(**{**choices, **lists})
         hashes = {tensor["name"]: tensor["sha256"] for tensor in content["tensors"]}
         return Record(options, dict(content["files"]), hashes, content["tensors"])
+    except VerificationError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, hf-moe upcycle wrote something else: {error!r}") from error
 
@@ -198,11 +188,12 @@ def _compare(
     ids, description = token_ids(source, folder, text, tokens)
     with quiet_loading():
         model = load_source(source)
-        dense = run(model, ids, new_tokens, "running the source", progress)
+        fixed = fixed_length(source.config)
+        dense = run(model, ids, new_tokens, fixed, "running the source", progress)
         del model
         gc.collect()
         model = load_target(folder)
-        moe = run(model, ids, new_tokens, "running the target", progress)
+        moe = run(model, ids, new_tokens, fixed, "running the target", progress)
         del model
     difference = (moe.logits - dense.logits).abs_()
     agree = moe.logits.argmax(-1) == dense.logits.argmax(-1)
@@ -251,88 +242,3 @@ def _judge(measured: dict[str, Any], tolerance: float, exact: bool) -> list[str]
     if not decode["greedy_equal"]:
         failures.append(f"the {decode['greedy_tokens']} greedy tokens are not those of the source")
     return failures
-
-
-def token_ids(source: Source, folder: Path, text: str | None, tokens: int) -> tuple[torch.Tensor, str]:
-    """Ids (1, S) of the text, and a description of it; random ids where the source has no tokenizer.
-
-    Raises:
-        ValueError: the text has fewer tokens than asked for.
-    """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        random = torch.Generator().manual_seed(0)
-        return torch.randint(source.config["vocab_size"], (1, tokens), generator=random), "random tokens, seed 0"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-    description = "given text"
-    if text is None:
-        text, description = default_text(), f"Python {platform.python_version()} language reference (pydoc_data.topics)"
-    # A token is at least one byte; the factor keeps a long text from being tokenised whole.
-    ids = tokenizer(text[: tokens * 32], return_tensors="pt", truncation=False, verbose=False)["input_ids"]
-    if ids.shape[1] < tokens:
-        raise ValueError(f"the text has {ids.shape[1]} tokens, {tokens} are needed")
-    return ids[:, :tokens], description
-
-
-def load_source(source: Source) -> Any:
-    """The dense model in fp32, by Transformers; what it would load otherwise, from what this package reads."""
-    if source.foreign:
-        plain = {key: value for key, value in source.config.items() if key not in ("quantization_config", "dtype")}
-        config = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        state = {name: source.read(name).float() for name in source.headers}
-        if lost := set(model.load_state_dict(state, strict=False).missing_keys) - set(model._tied_weights_keys or ()):
-            raise ValueError(f"{min(lost)} is missing from the source")
-        return model.eval()
-    arguments = source.load_arguments()
-    if "gguf_file" in arguments:
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32).eval()
-
-
-def load_target(folder: Path) -> Any:
-    """The converted model in fp32, by this package."""
-    from ..model import HfMoeForCausalLM
-
-    return HfMoeForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def run(model: Any, ids: torch.Tensor, new_tokens: int, description: str, progress: bool) -> Run:
-    """Read `ids` (1, S), then continue the first of them greedily."""
-    prompt = ids[:, : min(64, ids.shape[1])]
-    with step_bar(description, ids.shape[1] + new_tokens, progress) as advance:
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = torch.cat([_logits(model, chunk, advance) for chunk in hidden.split(_CHUNK, dim=1)])
-        loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).item()
-
-        steps, current, cache = [], prompt, None
-        for _ in range(new_tokens):
-            output = model(input_ids=current, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            steps.append(output.logits[0, -1])
-            current = steps[-1].argmax()[None, None]
-            advance(1)
-        greedy = [int(step.argmax()) for step in steps]
-        whole = torch.cat([prompt, torch.tensor([greedy[:-1]], dtype=prompt.dtype)], dim=1)
-        uncached = model(input_ids=whole, use_cache=False, logits_to_keep=new_tokens).logits[0]
-    return Run(logits, greedy, torch.stack(steps), uncached, loss)
-
-
-def _logits(model: Any, hidden: torch.Tensor, advance: Any) -> torch.Tensor:
-    config = model.config
-    logits = model.lm_head(hidden)[0] / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    advance(hidden.shape[1])
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Transformers' own bars for loading would stand between ours."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()

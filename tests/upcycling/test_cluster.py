@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import dense_model, random_ids, save_dense
+from dense import byte_tokenizer, dense_model, random_ids, save_dense
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +56,27 @@ def test_router_rows_are_the_centres_of_clusters():
     x = torch.eye(5)[label] * 3 + 0.1 * torch.randn(90, 5)
     best = (x @ centroid_router(x, 3, "seed").T).argmax(1)
     assert len({(int(a), int(b)) for a, b in zip(label, best, strict=True)}) == 3
+
+
+def test_chosen_text_without_a_tokenizer_is_refused(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    (tmp_path / "text").write_text("words")
+    choices = {"mode": "cluster", "experts": 4, "progress": False, "calibration_tokens": 64}
+    with pytest.raises(ValueError, match="dense has no tokenizer, so the calibration text cannot be read"):
+        upcycle(source, tmp_path / "moe", calibration=(str(tmp_path / "text"),), **choices)
+    assert not (tmp_path / ".moe.partial").exists()
+
+
+def test_text_is_read_by_any_tokenizer_of_the_folder(tmp_path):
+    """One without tokenizer.json: a vocabulary and merges."""
+    source = save_dense(tmp_path / "dense", tokenizer=True)
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    letters = byte_tokenizer().get_vocab()
+    (source / "vocab.json").write_text(json.dumps(letters))
+    (source / "merges.txt").write_text("#version: 0.2\n")
+    ids = _ids(open_source(source), "two words" * 9, 8, 2, True)
+    assert ids.flatten().tolist() == [letters[letter] for letter in ("twoĠwords" * 9)[:16]]
 
 
 @pytest.mark.parametrize("name", ["llama_biases", "gemma2", "phi3", "olmo2", "qwen3", "granite"])
@@ -135,7 +156,7 @@ def test_router_from_prompts_sends_each_text_to_its_source(tmp_path):
     for number, (folder, file) in enumerate(zip(folders, files, strict=True)):
         seen, opened = [], open_source(folder)
         run_by_layers(
-            opened, _ids(opened, Path(file).read_text(), 256, 1), lambda i, x, c, s=seen: s.append(x), lambda n: 0
+            opened, _ids(opened, Path(file).read_text(), 256, 1, True), lambda i, x, c, s=seen: s.append(x), lambda n: 0
         )
         best = (seen[0] @ gate[:2].T).argmax(1)
         assert (best == number).float().mean() >= 0.9

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
 from dense import random_ids, save_dense
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_exactness import decode, load_pair
 from transformers import StaticCache
 
@@ -119,9 +120,27 @@ def test_uniform_sizes_and_a_limit_on_the_price(tmp_path):
     assert config["kv_lora_ranks"] is None
     assert len(set(cache_widths(config))) == 1
     assert ledger_of(target)["model"]["kl"] > 1e-3
+    curve = ledger_of(target)["curve"]
+    assert all(a["cache_numbers"] < b["cache_numbers"] for a, b in pairwise(curve))
+    assert all(a["predicted_kl"] > b["predicted_kl"] for a, b in pairwise(curve))
+    half = next(p["predicted_kl"] for p in curve if p["cache_numbers"] == ledger_of(target)["cache_numbers"])
+    assert half == pytest.approx(sum(row["predicted_kl"] for row in ledger_of(target)["layers"]))
+    assert (target / "ledger.png").read_bytes().startswith(b"\x89PNG")
+    assert "(ledger.png)" in (target / "README.md").read_text()
     within = ledger_of(upcycle(source, tmp_path / "within", max_kl=1e-3, **TEXT))
     assert within["model"]["kl"] <= 1e-3
     assert within["cache_numbers"] < within["cache_numbers_source"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_source_is_named_and_leaves_nothing(tmp_path, value):
+    source = save_dense(tmp_path / "dense")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = value
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight holds NaN or infinity"):
+        upcycle(source, tmp_path / "moe", cache_ratio=0.5, **TEXT)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_plan_shows_the_smaller_cache(tmp_path):

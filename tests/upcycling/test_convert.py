@@ -165,6 +165,20 @@ def test_too_small_disk_is_refused_before_anything_is_written(source, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
+def test_what_another_command_left_is_not_cleared(source, tmp_path):
+    left = tmp_path / ".moe.partial" / "checkpoints"
+    left.mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"\.moe\.partial is in the way"):
+        upcycle(source, tmp_path / "moe", **CHOICES)
+    assert left.is_dir()
+
+
+def test_card_tells_all_that_was_chosen(source, tmp_path):
+    choices = CHOICES | {"router_std": 0.5, "max_shard_bytes": 100_000}
+    card = (upcycle(source, tmp_path / "moe", **choices) / "README.md").read_text()
+    assert "--router-std 0.5 --max-shard-bytes 100000 --seed 0" in card
+
+
 def test_two_processes_do_not_write_one_target(source, tmp_path):
     from hf_moe.upcycling.journal import Journal
 
@@ -227,6 +241,15 @@ def damage(kind, folder):
     if kind == "unknown activation":
         edit_config(folder, hidden_act="foo")
         return "the activation 'foo' is not known; known are silu"
+    if kind == "unknown rope":
+        edit_config(folder, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4})
+        return "rope_type='spiral' is not known; known are default, linear"
+    if kind == "rope of no length":
+        edit_config(folder, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5})
+        return "the target cannot hold this model: factor=0.5 of rope_type='linear' must be at least 1"
+    if kind == "head of its own, said to be tied":
+        edit_config(folder, tie_word_embeddings=True)
+        return "dense has a lm_head.weight other than model.embed_tokens.weight, and tie_word_embeddings=True"
     if kind == "shape":
         edit_config(folder, intermediate_size=72)
         return r"has the shape \[64, 48\], the configuration says \[72, 48\]"
@@ -268,6 +291,9 @@ DAMAGES = [
     "option of another type",
     "mlp bias",
     "unknown activation",
+    "unknown rope",
+    "rope of no length",
+    "head of its own, said to be tied",
     "shape",
     "missing tensor",
     "unknown tensor",

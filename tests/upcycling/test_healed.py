@@ -51,7 +51,7 @@ def test_heal_command(folders):
     assert card.count("## Healed") == 1
     assert f"| {record['before']['kl']:.4f} | {record['after']['kl']:.4f} |" in card
     assert "provenance.json" not in card
-    assert "no byte of theirs can be traced" in card
+    assert "The weights have been trained" in card
     assert "hf-moe heal dense moe healed --text text.txt --heldout heldout.npy --train all --tokens 4992" in card
     assert (tmp_path / "healed" / "tokenizer.json").is_file()
     assert not (tmp_path / ".healed.partial").exists()

@@ -84,6 +84,23 @@ def test_text(source, target):
         verify(source, target, text="short", **QUICK)
 
 
+def test_card_says_that_bytes_are_off(source, target):
+    verify(source, target, tokens=64, new_tokens=2, progress=False)
+    assert "| result | passed |" in (target / "README.md").read_text()
+    (target / "config.json").write_text("{}")
+    with pytest.raises(VerificationError):
+        verify(source, target, tokens=64, new_tokens=2, progress=False)
+    card = (target / "README.md").read_text()
+    assert "| result | failed: config.json has changed since it was written |" in card
+    assert "greedy tokens" not in card
+
+
+def test_a_source_of_the_name_conversion(tmp_path):
+    source = save_dense(tmp_path / "conversion")
+    target = upcycle(source, tmp_path / "moe", experts=2, progress=False)
+    assert verify(source, target, tokens=20, new_tokens=2, progress=False)["passed"]
+
+
 def test_without_a_tokenizer(tmp_path):
     source = save_dense(tmp_path / "dense", dtype=torch.bfloat16)
     target = upcycle(source, tmp_path / "moe", progress=False)
@@ -107,6 +124,16 @@ def test_a_source_of_one_position(tmp_path):
     target = upcycle(source, tmp_path / "moe", progress=False)
     with pytest.raises(ValueError, match="tokens=1 must be at least 2"):
         verify(source, target, **QUICK)
+
+
+@pytest.mark.parametrize(("tokens", "new_tokens", "decoded"), [(80, 8, 8), (62, 90, 64)])
+def test_decoding_stays_below_the_length_at_which_the_rope_changes(tmp_path, tokens, new_tokens, decoded):
+    """At 64 positions, where keys that were cached before do not fit behind; logits are compared beyond."""
+    source = save_dense(tmp_path / "dense", "phi3_longrope")
+    target = upcycle(source, tmp_path / "moe", experts=2, progress=False)
+    certificate = verify(source, target, tokens=tokens, new_tokens=new_tokens, progress=False)
+    assert certificate["logits"]["tokens"] == tokens
+    assert certificate["decode"]["greedy_tokens"] == decoded
 
 
 @pytest.mark.parametrize("record", ["{}", "[]", "{", '{"options": {}, "files": {}, "tensors": []}', "null"])
