@@ -1,4 +1,4 @@
-"""The static cache and captured step of a model's last `generate`, kept for its next one.
+"""The static cache and the captured step of a model's last `generate`, kept for its next one.
 
 A step depends on addresses, on what its modules are, and on PyTorch's settings: it serves again where all of them are
 as they were. Weights may have changed in place.
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.output_capturing import OutputRecorder
 
 from .slots_hf_moe import ReplayedCache
 
@@ -45,8 +46,9 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a module is one of ours or of PyTorch, without hooks or another forward."""
     package = type(module).__module__.rpartition(".")[0]
     known = package == __name__.rpartition(".")[0] or package in ("torch.nn.modules", "transformers")
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return known and not hooks and "forward" not in module.__dict__
+    # Transformers' recorders stay where they once were wanted, and do nothing unless they are wanted again.
+    hooks = [hook for hook in module._forward_hooks.values() if hook.__module__ != OutputRecorder.__module__]
+    return known and not hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
 
 
 def take(model: nn.Module, made_for: tuple | None, length: int) -> ReplayedCache | None:
