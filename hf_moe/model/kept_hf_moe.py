@@ -15,6 +15,7 @@ from .slots_hf_moe import ReplayedCache
 
 # A cache is kept up to this share of the device's memory.
 SHARE_OF_MEMORY = 1 / 16
+_PLAIN_VALUES = {bool, int, float, str, type(None)}
 # One for each model, which lives no longer than it. Outside of the model: a graph can be neither copied nor saved.
 _KEPT: weakref.WeakKeyDictionary[nn.Module, ReplayedCache] = weakref.WeakKeyDictionary()
 
@@ -32,13 +33,12 @@ def circumstances(model: Any, batch_size: int) -> tuple | None:
         if not _is_plain(module):
             return None
         found.append(type(module))
-        found += [v for v in module.__dict__.items() if isinstance(v[1], bool | int | float | str | None)]
+        found += [item for item in module.__dict__.items() if type(item[1]) in _PLAIN_VALUES]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if type(tensor) not in (torch.Tensor, nn.Parameter):
-                if tensor is not None:
-                    return None
-                continue
-            found.append((tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()))
+            if type(tensor) not in (torch.Tensor, nn.Parameter, type(None)):
+                return None
+            if tensor is not None:
+                found.append((tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()))
     return tuple(found)
 
 
