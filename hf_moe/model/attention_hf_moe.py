@@ -240,8 +240,9 @@ class HfMoeAttention(nn.Module):
         if self.config.qk_norm == "head":
             k_rot = self.k_norm(k_rot)
         k_rot = apply_rotary_pos_emb(k_rot.transpose(1, 2), cos, sin, self.config.rope_interleave)
-        # One "head" for both: a static cache gives its two tensors the same number of heads.
-        return latent.unsqueeze(1), k_rot.transpose(1, 2).flatten(2).unsqueeze(1)
+        # One "head" and dtype for both: a static cache gives its two tensors the same. Autocast rounds either later on.
+        k_rot = k_rot.transpose(1, 2).flatten(2).unsqueeze(1)
+        return latent.unsqueeze(1).to(latent_key.dtype), k_rot.to(latent_key.dtype)
 
     def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (B, H, L, N + P) and values (B, H, L, V) of latents (B, 1, L, C) and rotary keys (B, 1, L, G·P).

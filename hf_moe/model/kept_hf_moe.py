@@ -1,4 +1,4 @@
-"""The static cache and captured step of a model's last `generate`, kept for its next one.
+"""The static cache and the captured step of a model's last `generate`, kept for its next one.
 
 A step depends on addresses, on what its modules are, and on PyTorch's settings: it serves again where all of them are
 as they were. Weights may have changed in place.
@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.output_capturing import OutputRecorder
 
 from .slots_hf_moe import ReplayedCache
 
 # A cache is kept up to this share of the device's memory.
 SHARE_OF_MEMORY = 1 / 16
+_PLAIN_VALUES = {bool, int, float, str, type(None)}
 # One for each model, which lives no longer than it. Outside of the model: a graph can be neither copied nor saved.
 _KEPT: weakref.WeakKeyDictionary[nn.Module, ReplayedCache] = weakref.WeakKeyDictionary()
 
@@ -31,13 +33,12 @@ def circumstances(model: Any, batch_size: int) -> tuple | None:
         if not _is_plain(module):
             return None
         found.append(type(module))
-        found += [v for v in module.__dict__.items() if isinstance(v[1], bool | int | float | str | None)]
+        found += [item for item in module.__dict__.items() if type(item[1]) in _PLAIN_VALUES]
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if type(tensor) not in (torch.Tensor, nn.Parameter):
-                if tensor is not None:
-                    return None
-                continue
-            found.append((tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()))
+            if type(tensor) not in (torch.Tensor, nn.Parameter, type(None)):
+                return None
+            if tensor is not None:
+                found.append((tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()))
     return tuple(found)
 
 
@@ -45,8 +46,9 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a module is one of ours or of PyTorch, without hooks or another forward."""
     package = type(module).__module__.rpartition(".")[0]
     known = package == __name__.rpartition(".")[0] or package in ("torch.nn.modules", "transformers")
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return known and not hooks and "forward" not in module.__dict__
+    # Transformers' recorders stay where they once were wanted, and do nothing unless they are wanted again.
+    hooks = [hook for hook in module._forward_hooks.values() if hook.__module__ != OutputRecorder.__module__]
+    return known and not hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
 
 
 def take(model: nn.Module, made_for: tuple | None, length: int) -> ReplayedCache | None:

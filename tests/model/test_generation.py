@@ -34,6 +34,19 @@ def test_greedy_with_each_cache(variant, kind):
     assert greedy(model, ids, cache_implementation=kind, disable_compile=True).equal(recomputed(model, ids))
 
 
+@torch.no_grad()
+def test_caches_agree_under_autocast(variant):
+    model, ids = tiny_model(variant), random_ids(2, 17)
+    truth = model(ids).logits[:, 12:]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        error = (model(ids, use_cache=False).logits[:, 12:] - truth).norm()
+        for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=20)):
+            model(ids[:, :12], past_key_values=cache)
+            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(12, 17)]
+            assert (torch.cat(steps, dim=1) - truth).norm() < 2 * error
+        assert greedy(model, ids, cache_implementation="static").shape == (2, 17 + NEW)
+
+
 class LosslessLayer(QuantizedLayer):
     """A quantised cache whose backend keeps every bit: what Transformers does around it is left."""
 

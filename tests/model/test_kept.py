@@ -96,6 +96,16 @@ def test_inference_mode_and_no_grad_take_turns(recorder):
     assert recorder.captures == 3
 
 
+def test_recorders_of_hidden_states_are_no_change(recorder):
+    model, ids = tiny_model(), random_ids(2, 9)
+    recorder.on()
+    with torch.no_grad():
+        model(ids, output_hidden_states=True, output_router_logits=True)
+    expected = greedy(model, ids, disable_compile=True)
+    assert all(torch.equal(greedy(model, ids), expected) for _ in range(2))
+    assert recorder.captures == 1
+
+
 def test_weights_changed_in_place_need_no_new_capture(recorder):
     model, ids = tiny_model(), random_ids(2, 9)
     recorder.on()

@@ -25,9 +25,10 @@ MAIN = "from transformers.cli.transformers import main; main()"
 TEXT = "Once upon a time"
 
 
-def ask(port: int, model: str) -> str:
+def ask(port: int, model: str, stream: bool) -> str:
     """The answer's text."""
     body = {"model": model, "messages": [{"role": "user", "content": TEXT}], "max_tokens": 12, "temperature": 0}
+    body["stream"] = stream
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions",
         data=json.dumps(body).encode(),
@@ -35,7 +36,10 @@ def ask(port: int, model: str) -> str:
     )
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
-            return json.load(response)["choices"][0]["message"]["content"]
+            if not stream:
+                return json.load(response)["choices"][0]["message"]["content"]
+            events = [line.removeprefix(b"data: ") for line in response if line.startswith(b"data: {")]
+            return "".join(json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events)
     except urllib.error.HTTPError as error:
         pytest.fail(f"{error}: {error.read().decode()}")
 
@@ -79,7 +83,8 @@ def test_answers_are_those_of_generate(options, tmp_path):
         )
         try:
             wait_for(port, server, log)
-            assert ask(port, str(folder)) == expected, log.read_text()
+            for stream in (False, True, False):
+                assert ask(port, str(folder), stream) == expected, log.read_text()
         finally:
             server.terminate()
             server.wait(30)

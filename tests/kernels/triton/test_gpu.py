@@ -144,9 +144,11 @@ def test_tf32_only_when_allowed():
 
 @pytest.fixture
 def captures(monkeypatch) -> list:
-    """Grows with each graph that is captured."""
+    """A device for each graph that is captured."""
     found, capture = [], generation_hf_moe.capture_cuda_graph
-    monkeypatch.setattr(generation_hf_moe, "capture_cuda_graph", lambda *args: found.append(args) or capture(*args))
+    monkeypatch.setattr(
+        generation_hf_moe, "capture_cuda_graph", lambda call, device: found.append(device) or capture(call, device)
+    )
     return found
 
 
