@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .descriptors import dot_precision
 from .gating import Gating, gate_gradient
+from .launching import launched
 from .routing import Routing
 from .tuning import Tile, cdiv, power_of_2
 
@@ -65,6 +66,7 @@ def _narrow_products(
     return product
 
 
+@launched
 @triton.jit
 def _adapted_gating_kernel(
     h_ptr,
@@ -179,6 +181,7 @@ def _adapted_gating_kernel(
         tl.store(aa_ptr + n64 * S + s, aa.to(dtype), mask=mask)
 
 
+@launched
 @triton.jit
 def _sum_parts_kernel(
     part_ptr, offset_ptr, out_ptr, E, SIZE, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr

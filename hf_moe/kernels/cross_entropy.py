@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .differentiable import register_gradient
+from .launching import launched
 from .layer import implement
 from .tuning import cdiv, power_of_2
 
@@ -19,6 +20,7 @@ from .tuning import cdiv, power_of_2
 _FORWARD, _BACKWARD = 4096, 2048
 
 
+@launched
 @triton.jit
 def _cross_entropy_kernel(logits_ptr, target_ptr, loss_ptr, lse_ptr, V, stride, ignore_index, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
@@ -44,6 +46,7 @@ def _cross_entropy_kernel(logits_ptr, target_ptr, loss_ptr, lse_ptr, V, stride, 
     tl.store(lse_ptr + t, lse)
 
 
+@launched
 @triton.jit
 def _cross_entropy_backward_kernel(
     dloss_ptr, logits_ptr, target_ptr, lse_ptr, dlogits_ptr, V, stride, ignore_index, BLOCK: tl.constexpr

@@ -14,6 +14,7 @@ from torch import Tensor
 from .chain import chains, follow
 from .descriptors import processors
 from .differentiable import register_gradient
+from .launching import launched
 from .layer import implement
 from .tuning import cdiv, power_of_2
 
@@ -23,6 +24,7 @@ _ELEMENTS, _MANY_ROWS = 2048, 1024
 _PER_SM = 4
 
 
+@launched
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,
@@ -56,6 +58,7 @@ def _rms_norm_kernel(
     tl.store(out_ptr + at, (weight * unit).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit
 def _rms_norm_backward_kernel(
     dy_ptr,
