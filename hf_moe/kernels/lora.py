@@ -81,7 +81,8 @@ def _gate_and_narrow(h_NH, da_NF, weight_TK, routing, gating, *, up, down, index
         up_dz, dup_b = _low_rank(dh, up_b.transpose(1, 2), routing), _low_rank_gradient(dh, z, routing)
     if down is not None:
         dz, down_a = down
-        aa, ddown_a = _low_rank(wa, down_a, routing), _low_rank_gradient(wa, dz, routing)
+        aa = _low_rank(wa, down_a, routing)
+        ddown_a = _low_rank_gradient(wa, dz, routing).transpose(1, 2).contiguous()
     return AdaptedGatingGradient(dh, dweight, up_dz, dup_b, aa, ddown_a)
 
 
@@ -174,9 +175,9 @@ def _backward(
         found = _gate_and_narrow(h, da, weight, routing, gating, index_TK=index, **pairs)
     dh, dweight, up_dz, dup_b, aa, ddown_a = found
     del da
-    if aa is not None and ddown_a is not None:
+    if aa is not None:
         # aa carries the routing weight, so neither dz nor dout needs it.
-        ddown_a, ddown_b = ddown_a.transpose(1, 2).contiguous(), _low_rank_gradient(dout, aa, routing, K)
+        ddown_b = _low_rank_gradient(dout, aa, routing, K)
     if up_dz is not None:
         dup_a = _low_rank_gradient(x, up_dz, routing, K).transpose(1, 2).contiguous()
         dx_adapter = Adapter(up_dz, up_a.transpose(1, 2))
