@@ -281,8 +281,13 @@ class HfMoePreTrainedModel(PreTrainedModel):
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         if loading_info.conversion_errors:
-            folder, names = load_config.pretrained_model_name_or_path, list(loading_info.conversion_errors)
-            raise RuntimeError(f"{folder} lacks experts, or has them in different shapes, for {_some_of(names)}")
+            folder, found = load_config.pretrained_model_name_or_path, loading_info.conversion_errors
+            names = _some_of(list(found))
+            if all(".experts." in name for name in found):
+                raise RuntimeError(f"{folder} lacks experts, or has them in different shapes, for {names}")
+            # The exception's own words, between its traceback and where it was raised.
+            reason = next(text for name, text in found.items() if ".experts." not in name).splitlines()[-2:][0]
+            raise RuntimeError(f"{folder} could not be loaded: {reason} ({names})")
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     @torch.no_grad()

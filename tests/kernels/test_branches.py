@@ -11,8 +11,28 @@ from triton.compiler import ASTSource
 from hf_moe.kernels.latent_entry import _enter_kernel
 
 WIDTHS = {
-    "deepseek": {"H": 16, "G": 1, "C": 512, "P": 64, "N": 128, "HAS_NORM": True, "HAS_SLOT": True, "ADVANCE": True},
-    "grouped": {"H": 9, "G": 3, "C": 192, "P": 64, "N": 0, "HAS_NORM": False, "HAS_SLOT": False, "ADVANCE": False},
+    "deepseek": {
+        "H": 16,
+        "G": 1,
+        "C": 512,
+        "P": 64,
+        "N": 128,
+        "HAS_NORM": True,
+        "HAS_SLOT": True,
+        "RING": True,
+        "ADVANCE": True,
+    },
+    "grouped": {
+        "H": 9,
+        "G": 3,
+        "C": 192,
+        "P": 64,
+        "N": 0,
+        "HAS_NORM": False,
+        "HAS_SLOT": False,
+        "RING": False,
+        "ADVANCE": False,
+    },
 }
 BLOCKS = {"INTERLEAVE": True, "CHAINED": True, "BLOCK_H": 16, "BLOCK_G": 4, "BLOCK_C": 512, "BLOCK_N": 128, "HALF": 32}
 
