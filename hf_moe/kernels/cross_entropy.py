@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .differentiable import register_gradient
 from .launching import launched
-from .layer import implement
+from .operators import Operator
 from .tuning import cdiv, power_of_2
 
 # Logits of a row that a program holds at once, forward and backward.
@@ -112,16 +111,16 @@ def _autograd(ctx, dloss, _):
     if dloss is None:
         return None, None, None
     logits, target, lse = ctx.saved_tensors
-    return torch.ops.hf_moe.cross_entropy_backward(dloss, logits, target, lse, ctx.ignore_index), None, None
+    return _cross_entropy_backward(dloss, logits, target, lse, ctx.ignore_index), None, None
 
 
-implement("cross_entropy")(_forward)
-implement("cross_entropy_backward")(_backward)
+_cross_entropy = Operator("cross_entropy", _forward, _library)
+_cross_entropy_backward = Operator("cross_entropy_backward", _backward, _library)
 torch.library.register_fake("hf_moe::cross_entropy", _forward_fake, lib=_library)
 torch.library.register_fake(
     "hf_moe::cross_entropy_backward", lambda dloss, logits, *_: logits.new_empty(logits.shape), lib=_library
 )
-register_gradient("cross_entropy", _autograd, _setup, _library)
+_cross_entropy.register_gradient(_autograd, _setup)
 
 
 def cross_entropy(logits_TV: Tensor, target_T: Tensor, ignore_index: int = -100) -> Tensor:
@@ -136,4 +135,4 @@ def cross_entropy(logits_TV: Tensor, target_T: Tensor, ignore_index: int = -100)
     Gradients: logits, in their dtype; exactly zero for an ignored token. Kept for backward: logits and 4·T bytes.
     Cost: logits are read once; backward, read once and their gradient written once.
     """
-    return torch.ops.hf_moe.cross_entropy(logits_TV, target_T, ignore_index)[0]
+    return _cross_entropy(logits_TV, target_T, ignore_index)[0]

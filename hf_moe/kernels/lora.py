@@ -12,10 +12,10 @@ from torch import Tensor
 from .adapted_gating import AdaptedGatingGradient, adapted_gating_gradient
 from .combine import combine, spread
 from .descriptors import dense_rows, dense_side
-from .differentiable import register_gradient
 from .gating import Gating, gating_gradient
 from .grouped_linear import Adapter, grouped_linear
-from .layer import Plan, implement
+from .layer import Plan
+from .operators import Operator
 from .routing import Routing, route, tile_capacity
 from .spread_low_rank import low_rank_of_tokens, spread_low_rank
 from .tuning import Tile, power_of_2
@@ -217,17 +217,17 @@ def _autograd(ctx, dout, *_):
     x, *given = saved[:11]
     h, z, *routing = saved[11:]
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    found = torch.ops.hf_moe.experts_lora_backward(dout, x, h, z, *given, *routing, *ctx.gating, needs)
+    found = _experts_lora_backward(dout, x, h, z, *given, *routing, *ctx.gating, needs)
     for i, need, gradient in zip(_DIFFERENTIABLE, needs, found, strict=True):
         gradients[i] = gradient if need else None
     return tuple(gradients)
 
 
-implement("experts_lora")(_forward)
-implement("experts_lora_backward")(_backward)
+_experts_lora = Operator("experts_lora", _forward, _library)
+_experts_lora_backward = Operator("experts_lora_backward", _backward, _library)
 torch.library.register_fake("hf_moe::experts_lora", _forward_fake, lib=_library)
 torch.library.register_fake("hf_moe::experts_lora_backward", _backward_fake, lib=_library)
-register_gradient("experts_lora", _autograd, _setup, _library)
+_experts_lora.register_gradient(_autograd, _setup)
 
 
 def experts_lora(
@@ -259,7 +259,7 @@ def experts_lora(
         and each column of both sides of both projections.
     Source: LoRA, arXiv:2106.09685; a grouped product for each factor, as in arXiv:2403.08245.
     """
-    out, *_ = torch.ops.hf_moe.experts_lora(
+    out, *_ = _experts_lora(
         x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED,
         *(up_lora or (None, None)), *(down_lora or (None, None)), *gating,
     )  # fmt: skip
