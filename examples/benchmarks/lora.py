@@ -226,11 +226,11 @@ def main() -> None:
     def cases():
         for impl in ("hf_moe", "peft", "hf_moe_attention"):
             yield lambda impl=impl: [step_row(impl, args.budget_ms)]
-        for impl in ("hf_moe", "peft"):
-            yield lambda impl=impl: [step_row(impl, args.budget_ms, compiled=True)]
         for shape in args.shapes:
             for tokens in args.tokens:
                 yield lambda shape=shape, tokens=tokens: layer_rows(shape, tokens, args.budget_ms)
+        for impl in ("hf_moe", "peft"):
+            yield lambda impl=impl: [step_row(impl, args.budget_ms, compiled=True)]
 
     for shape in args.shapes:
         check(shape)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .descriptors import dot_precision
 from .gating import Gating, gate_gradient
+from .launching import launched
 from .routing import Routing
 from .tuning import Tile, cdiv, power_of_2
 
@@ -65,6 +66,7 @@ def _narrow_products(
     return product
 
 
+@launched
 @triton.jit
 def _adapted_gating_kernel(
     h_ptr,
@@ -179,11 +181,21 @@ def _adapted_gating_kernel(
         tl.store(aa_ptr + n64 * S + s, aa.to(dtype), mask=mask)
 
 
+@launched
 @triton.jit
 def _sum_parts_kernel(
-    part_ptr, offset_ptr, out_ptr, E, SIZE, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    part_ptr,
+    offset_ptr,
+    out_ptr,
+    E,
+    SIZE,
+    RANK,
+    TURNED: tl.constexpr,
+    BINS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """out[e] = Σ parts of the expert's chunks; zero for an expert without rows."""
+    """out[e] = Σ parts of the expert's chunks, or its transpose; zero for an expert without rows."""
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     begin = tl.load(offset_ptr + bins, mask=bins < E, other=0)
@@ -197,17 +209,21 @@ def _sum_parts_kernel(
     for _ in range(mine):
         total += tl.load(part_ptrs, mask=at < SIZE, other=0.0)
         part_ptrs += SIZE
-    tl.store(out_ptr + expert.to(tl.int64) * SIZE + at, total.to(out_ptr.dtype.element_ty), mask=at < SIZE)
+    out_at = (at % RANK) * (SIZE // RANK) + at // RANK if TURNED else at
+    tl.store(out_ptr + expert.to(tl.int64) * SIZE + out_at, total.to(out_ptr.dtype.element_ty), mask=at < SIZE)
 
 
-def _sum_parts(part_CIR: torch.Tensor, routing: Routing, rows: int, dtype: torch.dtype) -> torch.Tensor:
+def _sum_parts(
+    part_CIR: torch.Tensor, routing: Routing, rows: int, dtype: torch.dtype, turned: bool = False
+) -> torch.Tensor:
     _, columns, rank = part_CIR.shape
     E, size = routing.offset_E1.numel() - 1, columns * rank
-    out_EIR = torch.empty((E, columns, rank), dtype=dtype, device=part_CIR.device)
+    out = torch.empty((E, rank, columns) if turned else (E, columns, rank), dtype=dtype, device=part_CIR.device)
     _sum_parts_kernel[(E, cdiv(size, 1024))](
-        part_CIR, routing.offset_E1, out_EIR, E, size, BINS=power_of_2(E), ROWS=rows, BLOCK=1024, num_warps=4
-    )
-    return out_EIR
+        part_CIR, routing.offset_E1, out, E, size, rank, TURNED=turned, BINS=power_of_2(E), ROWS=rows, BLOCK=1024,
+        num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 class AdaptedGatingGradient(NamedTuple):
@@ -218,7 +234,7 @@ class AdaptedGatingGradient(NamedTuple):
     up_dz_NR: torch.Tensor | None
     dup_b_EHR: torch.Tensor | None
     aa_NS: torch.Tensor | None
-    ddown_a_EFS: torch.Tensor | None
+    ddown_a_ESF: torch.Tensor | None
 
 
 def adapted_gating_gradient(
@@ -318,5 +334,5 @@ def adapted_gating_gradient(
         up_dz_NR,
         None if part_b is None else _sum_parts(part_b, routing, tile.m, h_NH.dtype),
         aa_NS,
-        None if part_a is None else _sum_parts(part_a, routing, tile.m, h_NH.dtype),
+        None if part_a is None else _sum_parts(part_a, routing, tile.m, h_NH.dtype, turned=True),
     )

@@ -7,10 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import launched
 from .routing import Routing
 from .tuning import cdiv, power_of_2
 
 
+@launched
 @triton.jit
 def _combine_kernel(
     y_ptr, weight_ptr, position_ptr, out_ptr, D, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_D: tl.constexpr
@@ -58,6 +60,7 @@ def combine(y_ND: torch.Tensor, weight_TK: torch.Tensor | None, routing: Routing
     return out_TD
 
 
+@launched
 @triton.jit
 def _spread_kernel(x_ptr, position_ptr, y_ptr, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)

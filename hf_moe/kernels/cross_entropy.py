@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .differentiable import register_gradient
-from .layer import implement
+from .launching import launched
+from .operators import Operator
 from .tuning import cdiv, power_of_2
 
 # Logits of a row that a program holds at once, forward and backward.
 _FORWARD, _BACKWARD = 4096, 2048
 
 
+@launched
 @triton.jit
 def _cross_entropy_kernel(logits_ptr, target_ptr, loss_ptr, lse_ptr, V, stride, ignore_index, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
@@ -44,6 +45,7 @@ def _cross_entropy_kernel(logits_ptr, target_ptr, loss_ptr, lse_ptr, V, stride, 
     tl.store(lse_ptr + t, lse)
 
 
+@launched
 @triton.jit
 def _cross_entropy_backward_kernel(
     dloss_ptr, logits_ptr, target_ptr, lse_ptr, dlogits_ptr, V, stride, ignore_index, BLOCK: tl.constexpr
@@ -109,16 +111,16 @@ def _autograd(ctx, dloss, _):
     if dloss is None:
         return None, None, None
     logits, target, lse = ctx.saved_tensors
-    return torch.ops.hf_moe.cross_entropy_backward(dloss, logits, target, lse, ctx.ignore_index), None, None
+    return _cross_entropy_backward(dloss, logits, target, lse, ctx.ignore_index), None, None
 
 
-implement("cross_entropy")(_forward)
-implement("cross_entropy_backward")(_backward)
+_cross_entropy = Operator("cross_entropy", _forward, _library)
+_cross_entropy_backward = Operator("cross_entropy_backward", _backward, _library)
 torch.library.register_fake("hf_moe::cross_entropy", _forward_fake, lib=_library)
 torch.library.register_fake(
     "hf_moe::cross_entropy_backward", lambda dloss, logits, *_: logits.new_empty(logits.shape), lib=_library
 )
-register_gradient("cross_entropy", _autograd, _setup, _library)
+_cross_entropy.register_gradient(_autograd, _setup)
 
 
 def cross_entropy(logits_TV: Tensor, target_T: Tensor, ignore_index: int = -100) -> Tensor:
@@ -133,4 +135,4 @@ def cross_entropy(logits_TV: Tensor, target_T: Tensor, ignore_index: int = -100)
     Gradients: logits, in their dtype; exactly zero for an ignored token. Kept for backward: logits and 4·T bytes.
     Cost: logits are read once; backward, read once and their gradient written once.
     """
-    return torch.ops.hf_moe.cross_entropy(logits_TV, target_T, ignore_index)[0]
+    return _cross_entropy(logits_TV, target_T, ignore_index)[0]

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import launched
 from .routing import Routing
 from .tuning import cdiv, power_of_2
 
@@ -93,6 +94,7 @@ def gate_gradient(gate, up, da, alpha, limit, up_offset, ACT: tl.constexpr, CLIP
     return dgate, dup, value
 
 
+@launched
 @triton.jit
 def _gating_gradient_kernel(
     h_ptr,

@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
+from .launching import launched
 from .routing import Routing
 from .tuning import Tile, cdiv
 
@@ -150,6 +151,7 @@ class Adapter(NamedTuple):
 NO_ADAPTER = (None, None, 0, 0, 0, 0)
 
 
+@launched
 @triton.jit
 def _grouped_linear_kernel(
     x,

@@ -14,9 +14,9 @@ from torch import Tensor
 from . import small_batch, tuning
 from .combine import combine, spread
 from .descriptors import dense_rows, dense_side
-from .differentiable import register_gradient
 from .gating import Gating, gating_gradient
 from .grouped_linear import grouped_linear
+from .operators import Operator
 from .routing import Routing, route, tile_capacity
 from .up_projection import up_projection
 from .weight_gradient import bias_gradient, weight_gradient
@@ -37,20 +37,6 @@ _library.define(f"grouped_linear(Tensor x, Tensor weight, Tensor? bias, {_ROUTIN
                 " -> Tensor")  # fmt: skip
 _library.define(f"grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, {_ROUTING}, "
                 "int per_token, bool[] needs) -> (Tensor, Tensor, Tensor)")  # fmt: skip
-
-
-def implement(name: str):
-    """Register the body of an operator; it runs on the device of its first tensor, where Triton then launches."""
-
-    def register(body):
-        @functools.wraps(body)
-        def on_its_device(first: Tensor, *arguments):
-            with torch.cuda.device_of(first):
-                return body(first, *arguments)
-
-        return torch.library.impl(f"hf_moe::{name}", "CompositeExplicitAutograd", lib=_library)(on_its_device)
-
-    return register
 
 
 def _weight_gradient_as(weight: Tensor, left: Tensor, right: Tensor, *args, **kwargs) -> Tensor:
@@ -209,20 +195,18 @@ def _experts_autograd(ctx, dout, *_):
     x, h, index, weight, up, down, up_bias, down_bias, *routing = ctx.saved_tensors
     at = (0, 2, 3, 4, 5, 6)
     needs = [ctx.needs_input_grad[i] for i in at]
-    found = torch.ops.hf_moe.experts_backward(
-        dout, x, h, index, weight, up, down, up_bias, down_bias, *routing, *ctx.gating, needs
-    )
+    found = _run_experts_backward(dout, x, h, index, weight, up, down, up_bias, down_bias, *routing, *ctx.gating, needs)
     dx, dweight, dup, ddown, dup_bias, ddown_bias = (g if need else None for g, need in zip(found, needs, strict=True))
     return dx, None, dweight, dup, ddown, dup_bias, ddown_bias, *nothing
 
 
-implement("experts")(_experts)
-implement("experts_inference")(_experts_inference)
-implement("experts_backward")(_experts_backward)
+_run_experts = Operator("experts", _experts, _library)
+_run_experts_inference = Operator("experts_inference", _experts_inference, _library)
+_run_experts_backward = Operator("experts_backward", _experts_backward, _library)
 torch.library.register_fake("hf_moe::experts", _experts_fake, lib=_library)
 torch.library.register_fake("hf_moe::experts_inference", lambda x, *_: x.new_empty(x.shape), lib=_library)
 torch.library.register_fake("hf_moe::experts_backward", _experts_backward_fake, lib=_library)
-register_gradient("experts", _experts_autograd, _experts_setup, _library)
+_run_experts.register_gradient(_experts_autograd, _experts_setup)
 
 
 def experts(
@@ -261,9 +245,9 @@ def experts(
     differentiable = (x_TD, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED)
     args = x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED, *gating
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        out, *_ = torch.ops.hf_moe.experts(*args, recompute)
+        out, *_ = _run_experts(*args, recompute)
         return out
-    return torch.ops.hf_moe.experts_inference(*args)
+    return _run_experts_inference(*args)
 
 
 def _row_tile(x: Tensor, n_routes: int, n_experts: int) -> int:
@@ -319,13 +303,13 @@ def _grouped_linear_setup(ctx, inputs, output):
 def _grouped_linear_autograd(ctx, dy):
     x, weight, *routing = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    found = torch.ops.hf_moe.grouped_linear_backward(dy, x, weight, *routing, ctx.per_token, needs)
+    found = _run_grouped_linear_backward(dy, x, weight, *routing, ctx.per_token, needs)
     return *(g if need else None for g, need in zip(found, needs, strict=True)), *([None] * 5)
 
 
-implement("route")(_route)
-implement("grouped_linear")(_grouped_linear)
-implement("grouped_linear_backward")(_grouped_linear_backward)
+_run_route = Operator("route", _route, _library)
+_run_grouped_linear = Operator("grouped_linear", _grouped_linear, _library)
+_run_grouped_linear_backward = Operator("grouped_linear_backward", _grouped_linear_backward, _library)
 torch.library.register_fake("hf_moe::route", _route_fake, lib=_library)
 torch.library.register_fake(
     "hf_moe::grouped_linear",
@@ -341,7 +325,7 @@ torch.library.register_fake(
     ),
     lib=_library,
 )
-register_gradient("grouped_linear", _grouped_linear_autograd, _grouped_linear_setup, _library)
+_run_grouped_linear.register_gradient(_grouped_linear_autograd, _grouped_linear_setup)
 
 
 def experts_with_gate(x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED, *, gate) -> Tensor:
@@ -353,9 +337,9 @@ def experts_with_gate(x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, d
     if index_TK.shape[0] == 0:
         return x_TD * 1
     T, K = index_TK.shape
-    routing = torch.ops.hf_moe.route(index_TK, x_TD, up_EHD.shape[0])
-    h_NH = torch.ops.hf_moe.grouped_linear(x_TD, up_EHD, up_bias_EH, *routing, K)
-    y_ND = torch.ops.hf_moe.grouped_linear(gate(h_NH), down_EDF, down_bias_ED, *routing, 0)
+    routing = _run_route(index_TK, x_TD, up_EHD.shape[0])
+    h_NH = _run_grouped_linear(x_TD, up_EHD, up_bias_EH, *routing, K)
+    y_ND = _run_grouped_linear(gate(h_NH), down_EDF, down_bias_ED, *routing, 0)
     position_N = routing[1]
     owned_TK1 = (position_N >= 0).view(T, K, 1)
     y_TKD = y_ND[position_N.clamp(min=0)].view(T, K, -1)

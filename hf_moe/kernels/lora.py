@@ -12,10 +12,10 @@ from torch import Tensor
 from .adapted_gating import AdaptedGatingGradient, adapted_gating_gradient
 from .combine import combine, spread
 from .descriptors import dense_rows, dense_side
-from .differentiable import register_gradient
 from .gating import Gating, gating_gradient
 from .grouped_linear import Adapter, grouped_linear
-from .layer import Plan, implement
+from .layer import Plan
+from .operators import Operator
 from .routing import Routing, route, tile_capacity
 from .spread_low_rank import low_rank_of_tokens, spread_low_rank
 from .tuning import Tile, power_of_2
@@ -81,7 +81,8 @@ def _gate_and_narrow(h_NH, da_NF, weight_TK, routing, gating, *, up, down, index
         up_dz, dup_b = _low_rank(dh, up_b.transpose(1, 2), routing), _low_rank_gradient(dh, z, routing)
     if down is not None:
         dz, down_a = down
-        aa, ddown_a = _low_rank(wa, down_a, routing), _low_rank_gradient(wa, dz, routing)
+        aa = _low_rank(wa, down_a, routing)
+        ddown_a = _low_rank_gradient(wa, dz, routing).transpose(1, 2).contiguous()
     return AdaptedGatingGradient(dh, dweight, up_dz, dup_b, aa, ddown_a)
 
 
@@ -174,9 +175,9 @@ def _backward(
         found = _gate_and_narrow(h, da, weight, routing, gating, index_TK=index, **pairs)
     dh, dweight, up_dz, dup_b, aa, ddown_a = found
     del da
-    if aa is not None and ddown_a is not None:
+    if aa is not None:
         # aa carries the routing weight, so neither dz nor dout needs it.
-        ddown_a, ddown_b = ddown_a.transpose(1, 2).contiguous(), _low_rank_gradient(dout, aa, routing, K)
+        ddown_b = _low_rank_gradient(dout, aa, routing, K)
     if up_dz is not None:
         dup_a = _low_rank_gradient(x, up_dz, routing, K).transpose(1, 2).contiguous()
         dx_adapter = Adapter(up_dz, up_a.transpose(1, 2))
@@ -216,17 +217,17 @@ def _autograd(ctx, dout, *_):
     x, *given = saved[:11]
     h, z, *routing = saved[11:]
     needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    found = torch.ops.hf_moe.experts_lora_backward(dout, x, h, z, *given, *routing, *ctx.gating, needs)
+    found = _experts_lora_backward(dout, x, h, z, *given, *routing, *ctx.gating, needs)
     for i, need, gradient in zip(_DIFFERENTIABLE, needs, found, strict=True):
         gradients[i] = gradient if need else None
     return tuple(gradients)
 
 
-implement("experts_lora")(_forward)
-implement("experts_lora_backward")(_backward)
+_experts_lora = Operator("experts_lora", _forward, _library)
+_experts_lora_backward = Operator("experts_lora_backward", _backward, _library)
 torch.library.register_fake("hf_moe::experts_lora", _forward_fake, lib=_library)
 torch.library.register_fake("hf_moe::experts_lora_backward", _backward_fake, lib=_library)
-register_gradient("experts_lora", _autograd, _setup, _library)
+_experts_lora.register_gradient(_autograd, _setup)
 
 
 def experts_lora(
@@ -258,7 +259,7 @@ def experts_lora(
         and each column of both sides of both projections.
     Source: LoRA, arXiv:2106.09685; a grouped product for each factor, as in arXiv:2403.08245.
     """
-    out, *_ = torch.ops.hf_moe.experts_lora(
+    out, *_ = _experts_lora(
         x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED,
         *(up_lora or (None, None)), *(down_lora or (None, None)), *gating,
     )  # fmt: skip

@@ -107,8 +107,8 @@ def adapted_gating_gradient(
         grouped_linear(dh_NH, up_b_EHR.transpose(1, 2), offset_E1),
         grouped_linear(wa_NF, down_a_ESF, offset_E1),
     )
-    dup_b_EHR, ddown_a_EFS = weight_gradient(dh_NH, z_NR, offset_E1), weight_gradient(wa_NF, dz_NS, offset_E1)
-    return dh_NH, dweight_N, up_dz_NR, dup_b_EHR, aa_NS, ddown_a_EFS
+    dup_b_EHR, ddown_a_ESF = weight_gradient(dh_NH, z_NR, offset_E1), weight_gradient(dz_NS, wa_NF, offset_E1)
+    return dh_NH, dweight_N, up_dz_NR, dup_b_EHR, aa_NS, ddown_a_ESF
 
 
 def bias_gradient(y_NC: Tensor, offset_E1: Tensor, weight_N: Tensor | None = None) -> Tensor:

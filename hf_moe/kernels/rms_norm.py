@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .chain import chains, follow
 from .descriptors import processors
-from .differentiable import register_gradient
-from .layer import implement
+from .launching import launched
+from .operators import Operator
 from .tuning import cdiv, power_of_2
 
 # Elements of a program: from so many rows on, it takes several narrow ones.
@@ -23,6 +23,7 @@ _ELEMENTS, _MANY_ROWS = 2048, 1024
 _PER_SM = 4
 
 
+@launched
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,
@@ -56,6 +57,7 @@ def _rms_norm_kernel(
     tl.store(out_ptr + at, (weight * unit).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launched
 @triton.jit
 def _rms_norm_backward_kernel(
     dy_ptr,
@@ -162,15 +164,15 @@ def _setup(ctx, inputs, output):
 
 def _autograd(ctx, dy):
     needs = list(ctx.needs_input_grad[:2])
-    found = torch.ops.hf_moe.rms_norm_backward(dy, *ctx.saved_tensors, *ctx.options, needs)
+    found = _rms_norm_backward(dy, *ctx.saved_tensors, *ctx.options, needs)
     return *(gradient if need else None for gradient, need in zip(found, needs, strict=True)), None, None
 
 
-implement("rms_norm")(_forward)
-implement("rms_norm_backward")(_backward)
+_rms_norm = Operator("rms_norm", _forward, _library)
+_rms_norm_backward = Operator("rms_norm_backward", _backward, _library)
 torch.library.register_fake("hf_moe::rms_norm", _forward_fake, lib=_library)
 torch.library.register_fake("hf_moe::rms_norm_backward", _backward_fake, lib=_library)
-register_gradient("rms_norm", _autograd, _setup, _library)
+_rms_norm.register_gradient(_autograd, _setup)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, rounds: bool = True) -> Tensor:
@@ -187,7 +189,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, rounds: bool = True) -> Te
     Source: arXiv:1910.07467.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
-        return torch.ops.hf_moe.rms_norm(x, weight_D, eps, rounds)
+        return _rms_norm(x, weight_D, eps, rounds)
     return _forward(x, weight_D, eps, rounds)
 
 

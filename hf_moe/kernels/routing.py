@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import launched
 from .tuning import cdiv, power_of_2
 
 # Up to here one launch sorts; beyond, counting every route in every program costs more than launches do.
@@ -53,6 +54,7 @@ def load_expert(index_ptr, n, N, E):
     return tl.where((expert < 0) | (expert > E), E, expert)
 
 
+@launched
 @triton.jit
 def _count_kernel(index_ptr, count_ptr, N, E, n_blocks, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
@@ -61,6 +63,7 @@ def _count_kernel(index_ptr, count_ptr, N, E, n_blocks, BLOCK: tl.constexpr, BIN
     tl.store(count_ptr + bins * n_blocks + block, tl.histogram(expert, BINS), mask=bins <= E)
 
 
+@launched
 @triton.jit
 def _scan_kernel(count_ptr, total_ptr, n_blocks, CHUNK: tl.constexpr):
     expert = tl.program_id(0)
@@ -108,6 +111,7 @@ def _place(
             tl.store(offset_ptr + bins, begin, mask=bins <= E)
 
 
+@launched
 @triton.jit
 def _place_kernel(
     index_ptr, before_ptr, total_ptr, row_ptr, position_ptr, offset_ptr, tile_ptr,
@@ -125,6 +129,7 @@ def _place_kernel(
     )  # fmt: skip
 
 
+@launched
 @triton.jit
 def _route_kernel(
     index_ptr, row_ptr, position_ptr, offset_ptr, tile_ptr, N, E, n_blocks, n_tiles, capacity,

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from .descriptors import dot_precision
+from .launching import launched
 from .routing import Routing
 from .tuning import Tile, cdiv, power_of_2
 
 
+@launched
 @triton.jit
 def _spread_low_rank_kernel(
     x_ptr,

@@ -12,10 +12,12 @@ from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .gating import Gating, act_and_slope, gate_forward
 from .grouped_linear import NO_ADAPTER, Adapter, dot_rows, tile_of
+from .launching import launched
 from .routing import Routing
 from .tuning import Tile, cdiv
 
 
+@launched
 @triton.jit
 def _up_projection_kernel(
     x,

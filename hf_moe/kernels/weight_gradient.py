@@ -10,6 +10,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .descriptors import can_describe, dot_precision, programs
+from .launching import launched
 from .routing import Routing
 from .tuning import Tile, cdiv, power_of_2
 
@@ -65,6 +66,7 @@ def _store_block(
         tl.store(dw_ptrs, value, mask=(o < N_OUT) & (i < N_IN))
 
 
+@launched
 @triton.jit
 def _weight_gradient_kernel(
     left,
@@ -193,6 +195,7 @@ def weight_gradient(
     return dw_EOI
 
 
+@launched
 @triton.jit
 def _bias_gradient_kernel(
     y_ptr,

@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 def test_rows_that_are_stored_and_multiplied_are_not_copied_over_while_a_product_reads_them():
-    from hf_moe.kernels.spread_low_rank import _spread_low_rank_kernel as kernel
+    from hf_moe.kernels.spread_low_rank import _spread_low_rank_kernel
 
     constants = {
         "STORE": True,
@@ -30,6 +30,7 @@ def test_rows_that_are_stored_and_multiplied_are_not_copied_over_while_a_product
         "row_ptr": "*i32",
         "offset_ptr": "*i32",
     }
+    kernel = _spread_low_rank_kernel.jit
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = [name for name in names if name in pointers or name in ("D", "R", "x_stride", "a_stride_e", "a_stride_r")]
