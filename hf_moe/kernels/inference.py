@@ -1,4 +1,4 @@
-"""What our model looks up: attention on latents and its loss in Transformers' registries, the rest in its own, `FUSED`.
+"""What our model looks up: attention on latents in Transformers' registry, the rest in its own, `FUSED`.
 
 Triton is imported at the first call.
 """
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..model.absorbed_hf_moe import LATENT_ATTENTION
@@ -146,7 +145,7 @@ def _on_its_device(function: Callable) -> Callable:
 def register() -> None:
     """Enter the functions above under their names."""
     ALL_ATTENTION_FUNCTIONS.register(LATENT_ATTENTION, latent_attention)
-    LOSS_MAPPING.setdefault("HfMoeForCausalLM", causal_lm_loss)
     functions = rms_norm, cross_entropy, add_rms_norm, latent_entry, expert_choice, few_rows_linear, gated_mlp
     FUSED.update({function.__name__: _on_its_device(function) for function in functions})
+    FUSED["causal_lm_loss"] = causal_lm_loss
     WITH_GRADIENT.update(("rms_norm", "cross_entropy"))

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import (
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -34,7 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_hf_moe import HfMoeAttention, HfMoeRMSNorm, add_and_norm
 from .batching_hf_moe import LatentBatching
 from .configuration_hf_moe import HfMoeConfig
-from .fused_hf_moe import fused, is_bare
+from .fused_hf_moe import FUSED, fused, is_bare
 from .generation_hf_moe import CapturedGeneration
 from .parallel_hf_moe import register_parallel_styles
 from .rotary_hf_moe import HfMoeRotaryEmbedding
@@ -478,7 +479,10 @@ class HfMoeForCausalLM(CapturedGeneration, LatentBatching, HfMoePreTrainedModel,
 
         loss = aux_loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss_function = self.loss_function
+            if loss_function is ForCausalLMLoss:
+                loss_function = FUSED.get("causal_lm_loss", loss_function)
+            loss = loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if outputs.router_logits and (add_auxiliary or output_router_logits):
             routers = [m for m in self.model.modules() if isinstance(m, HfMoeTopkRouter)]
             batch_size = outputs.last_hidden_state.shape[0]

@@ -145,7 +145,14 @@ def test_a_model_without_experts_is_refused_and_untouched(model):
     assert not any(isinstance(norm, StandInNorm) for norm in norms(model))
 
 
-def test_our_models_loss_is_registered():
+def test_our_models_loss_is_one_that_trainer_knows_to_shift_its_labels(monkeypatch):
     from tiny import tiny_model
+    from transformers import Trainer, TrainingArguments
 
-    assert tiny_model().loss_function is causal_lm_loss
+    from hf_moe.model.fused_hf_moe import FUSED
+
+    model, labels = tiny_model(), torch.arange(6).view(1, 6)
+    plain = model(labels, labels=labels).loss
+    assert Trainer(model, TrainingArguments(report_to="none", use_cpu=True))._loss_shifts_labels
+    monkeypatch.setitem(FUSED, "causal_lm_loss", lambda **_: plain + 1)
+    assert model(labels, labels=labels).loss == plain + 1
