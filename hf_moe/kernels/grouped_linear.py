@@ -11,19 +11,12 @@ import triton
 import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
+from . import grouped_hopper
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .launching import launched
 from .routing import Routing
+from .tile_order import tile_of
 from .tuning import Tile, cdiv
-
-
-@triton.jit
-def tile_of(work, tiles, columns, GROUP: tl.constexpr):
-    """Walk GROUP row tiles for each column tile, so that an expert's weights and rows meet in L2."""
-    width = GROUP * columns
-    first = (work // width) * GROUP
-    height = tl.minimum(tiles - first, GROUP)
-    return first + (work % width) % height, (work % width) // height
 
 
 @triton.jit
@@ -279,6 +272,9 @@ def grouped_linear(
     N = routing.row_N.numel()
     allocate = x.new_zeros if zero_unowned else x.new_empty
     y_NO = allocate((N, n_out))
+    if grouped_hopper.suits(x, weight_EOI, tile, bias=bias_EO, adapter=adapter):
+        grouped_hopper.product(x, weight_EOI, routing, tile, y_NO, None, per_token=per_token)
+        return y_NO
     in_first = weight_EOI.stride(2) != 1
     adapter = adapter and adapter.beside(in_first)
     described = adapter is None or adapter.described(in_first)

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -38,7 +39,7 @@ class Launched:
                 (a.dtype, a.data_ptr() % 16)
                 if isinstance(a, torch.Tensor)
                 else (a.base.dtype, *a.block_shape)
-                if isinstance(a, TensorDescriptor)
+                if isinstance(a, (TensorDescriptor, GluonDescriptor))
                 else a
                 for a in arguments
             ],
@@ -55,5 +56,5 @@ class Launched:
 
 
 def launched(function: Any) -> Any:
-    """Decorates a function over `triton.jit`; in the interpreter nothing changes."""
+    """Decorates a function over `triton.jit` or `gluon.jit`; in the interpreter nothing changes."""
     return Launched(function) if isinstance(function, JITFunction) else function

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import small_batch, tuning
+from . import grouped_hopper, small_batch, tuning, weight_gradient_hopper
 from .combine import combine, spread
 from .descriptors import dense_rows, dense_side
 from .gating import Gating, gating_gradient
@@ -39,11 +39,13 @@ _library.define(f"grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, {_
                 "int per_token, bool[] needs) -> (Tensor, Tensor, Tensor)")  # fmt: skip
 
 
-def _weight_gradient_as(weight: Tensor, left: Tensor, right: Tensor, *args, **kwargs) -> Tensor:
+def _weight_gradient_as(weight, left, right, routing, tile, *, left_per_token=None, right_per_token=None) -> Tensor:
     """The gradient in the memory order of the weight, so that accumulating it copies nothing."""
+    tokens = {"left_per_token": left_per_token, "right_per_token": right_per_token}
     if weight.stride(2) == 1:
-        return weight_gradient(left, right, *args, **kwargs)
-    return weight_gradient(right, left, *args, **kwargs).transpose(1, 2)
+        return weight_gradient(left, right, routing, tile, **tokens)
+    tokens = {"left_per_token": right_per_token, "right_per_token": left_per_token}
+    return weight_gradient(right, left, routing, tile, **tokens).transpose(1, 2)
 
 
 class Plan(NamedTuple):
@@ -68,14 +70,16 @@ def _by_sorted_rows(x, index, weight, up, down, up_bias, down_bias, gating, *, s
     (T, K), E = index.shape, up.shape[0]
     plan = Plan.of(x.device, x.dtype, T * K // E)
     routing = route(index, E, plan.up.m)
-    spread_x = tuning.spreads(down.shape[2], store_h)
+    gather_tile = plan.up if store_h else plan.up_inference
+    specialized = grouped_hopper.suits(x, up, gather_tile, gating=gating, bias=up_bias)
+    spread_x = tuning.spreads(down.shape[2], store_h, specialized)
     x_rows = spread(x, routing, K) if spread_x else x
     h, a = up_projection(
         x_rows,
         up,
         routing,
         gating,
-        plan.up_rows if spread_x else plan.up if store_h else plan.up_inference,
+        plan.up_rows if spread_x else gather_tile,
         per_token=None if spread_x else K,
         bias_EH=up_bias,
         store_h=store_h,
@@ -148,8 +152,10 @@ def _experts_backward(
             h, _ = up_projection(
                 x, up, routing, gating, plan.up, per_token=K, bias_EH=up_bias, store_h=True, store_a=False
             )
-        # A weight gradient gains so much from copied rows (676 TFLOP/s against 417) that it always gets them.
-        spread_dout = needs_down or tuning.spreads(down.shape[2], False)
+        # A portable weight gradient gains so much from copied rows (676 TFLOP/s against 417) that it always gets them.
+        specialized = grouped_hopper.suits(dout, down.transpose(1, 2), plan.gate_gradient)
+        specialized = specialized and weight_gradient_hopper.suits(dout, h, plan.down_gradient)
+        spread_dout = tuning.spreads(down.shape[2], needs_down, specialized) or (needs_down and not specialized)
         dout_rows = spread(dout, routing, K) if spread_dout else dout
         per_token = None if spread_dout else K
         da = grouped_linear(dout_rows, down.transpose(1, 2), routing, plan.gate_gradient, per_token=per_token)
@@ -158,7 +164,7 @@ def _experts_backward(
         )
         del da, h
         if needs_down:
-            ddown = _weight_gradient_as(down, dout_rows, wa, routing, plan.down_gradient)
+            ddown = _weight_gradient_as(down, dout_rows, wa, routing, plan.down_gradient, left_per_token=per_token)
         del dout_rows, wa
         if needs_up_bias:
             dup_bias = bias_gradient(dh, routing)

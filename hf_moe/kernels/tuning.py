@@ -22,6 +22,7 @@ class Tile(NamedTuple):
     per_sm: programs a multiprocessor, each looping over tiles; 0 launches one program a tile.
     flatten: one software pipeline over all tiles of a program, so that a tile's end overlaps the next one's start.
     tma_store: write the result through the bulk copy engine.
+    specialized: leave to Hopper's own kernels (`warpgroups`) what they can do; the other fields are for the rest.
     """
 
     m: int
@@ -33,6 +34,7 @@ class Tile(NamedTuple):
     per_sm: int = 0
     flatten: bool = False
     tma_store: bool = False
+    specialized: bool = False
 
 
 def _wide(stages: int, **more) -> Tile:
@@ -41,6 +43,7 @@ def _wide(stages: int, **more) -> Tile:
 
 # One program a multiprocessor, its tiles in one pipeline, results stored by the copy engine: wins on every large shape.
 _FLOW = _wide(4, per_sm=1, flatten=True, tma_store=True)
+_SPECIALIZED = _FLOW._replace(specialized=True)
 _ROWS = {
     0: Tile(16, 128, 128, 4, 4),
     8: Tile(32, 128, 128, 4, 3),
@@ -49,15 +52,15 @@ _ROWS = {
 }
 # Blocks that fit every GPU that Triton knows.
 _ANY = {0: Tile(16, 64, 64, 4, 3), 32: Tile(64, 128, 32, 4, 3)}
-_SIDES = {0: Tile(128, 128, 64, 4, 3, per_sm=2, flatten=True, tma_store=True), 96: _FLOW}
+_SIDES = {0: Tile(128, 128, 64, 4, 3, per_sm=2, flatten=True, tma_store=True), 96: _SPECIALIZED}
 
 # op → (rows an expert, at least) → tile, 16-bit operands on Hopper. Ops that walk a layer's rows share their m.
 HOPPER: dict[str, dict[int, Tile]] = {
-    "up": _ROWS,
-    "up_inference": _ROWS,
-    "up_rows": _ROWS | {1024: _wide(3)},
-    "down": _ROWS,
-    "gate_gradient": _ROWS,
+    "up": _ROWS | {96: _SPECIALIZED},
+    "up_inference": _ROWS | {96: _SPECIALIZED},
+    "up_rows": _ROWS | {96: _SPECIALIZED, 1024: _wide(3, specialized=True)},
+    "down": _ROWS | {96: _SPECIALIZED},
+    "gate_gradient": _ROWS | {96: _SPECIALIZED},
     "x_gradient": _ROWS,
     "up_gradient": _SIDES,
     "down_gradient": _SIDES,
@@ -144,13 +147,20 @@ def _at(table, rows: int):
     return table[max(least for least in table if least <= rows)]
 
 
-def spreads(width: int, training: bool) -> bool:
+# The deepest sums of Hopper's own kernels. They skip the empty half of an expert's last tile, so programs drift apart,
+# and what they share must stay in L2: tiles of depth 2048 are 21 MB. Mixtral's down, 14336 deep: 637 TFLOP/s for 754.
+SHALLOW = 2816
+SPECIALIZED_DEPTH = 2816
+
+
+def spreads(width: int, training: bool, specialized: bool = False) -> bool:
     """Whether the first projection reads copied rows (bulk copies) rather than gather its tokens.
 
     The copy costs time in proportion to the rows, the product gains some in proportion to rows times expert width: 635
-    TFLOP/s against 530 when it also stores h, 643 against 597 when it does not (width 768).
+    TFLOP/s against 530 when it also stores h, 643 against 597 when it does not (width 768). In Hopper's own kernels
+    (specialized) 623 against 579 and 652 against 623.
     """
-    return width >= (512 if training else 2048)
+    return width >= (512 if training and not specialized else 2048)
 
 
 def candidates(tile: Tile) -> list[Tile]:
@@ -158,11 +168,15 @@ def candidates(tile: Tile) -> list[Tile]:
     flow = {"per_sm": 1, "flatten": True, "tma_store": True}
     shapes = [(256, 64, 8), (128, 64, 8), (128, 64, 4)] if tile.m >= 64 else [(128, 128, 4), (64, 128, 4), (128, 64, 4)]
     found = [
-        tile._replace(n=n, k=k, warps=warps, stages=stages, per_sm=0, flatten=False, tma_store=False)._replace(**more)
+        tile._replace(
+            n=n, k=k, warps=warps, stages=stages, per_sm=0, flatten=False, tma_store=False, specialized=False
+        )._replace(**more)
         for n, k, warps in shapes
         for stages in (3, 4)
         for more in ({}, {"tma_store": True}, flow)
     ]
+    if tile.m == 128:
+        found += [_FLOW, _SPECIALIZED]
     return [tile, *(t for t in dict.fromkeys(found) if t != tile)]
 
 

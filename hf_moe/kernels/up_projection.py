@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
+from . import grouped_hopper
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .gating import Gating, act_and_slope, gate_forward
-from .grouped_linear import NO_ADAPTER, Adapter, dot_rows, tile_of
+from .grouped_linear import NO_ADAPTER, Adapter, dot_rows
 from .launching import launched
 from .routing import Routing
+from .tile_order import tile_of
 from .tuning import Tile, cdiv
 
 
@@ -193,6 +195,9 @@ def up_projection(
     h_NH = x.new_empty((N, n_h)) if store_h else None
     a_NF = x.new_empty((N, F)) if store_a else None
     in_first = weight_EHD.stride(2) != 1
+    if store_a and grouped_hopper.suits(x, weight_EHD, tile, gating=gating, bias=bias_EH, adapter=adapter):
+        grouped_hopper.product(x, weight_EHD, routing, tile, h_NH, a_NF, per_token=per_token, gating=gating)
+        return h_NH, a_NF
     adapter = adapter and adapter.beside(in_first)
     described = adapter is None or adapter.described(in_first)
     x_tma = per_token is None and can_describe(x) and described

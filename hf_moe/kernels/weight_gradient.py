@@ -9,9 +9,11 @@ import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import weight_gradient_hopper
 from .descriptors import can_describe, dot_precision, programs
 from .launching import launched
 from .routing import Routing
+from .tile_order import block_of
 from .tuning import Tile, cdiv, power_of_2
 
 
@@ -29,24 +31,6 @@ def _rows_of(x, row_ptr, first, last, at, column, COLUMNS, PER_TOKEN, TMA: tl.co
         c = column + tl.arange(0, BC)
         mask = (n[:, None] < last) & (c[None, :] < COLUMNS)
         return tl.load(x + rows.to(tl.int64)[:, None] * COLUMNS + c[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _block_of(work, E, out_tiles, in_tiles, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Expert and corner of a block; a few output tiles at a time, so that both sides' rows are found in L2.
-
-    With GROUP 0 all experts first: they walk through the tokens side by side, and read each once from memory.
-    """
-    if GROUP == 0:
-        expert = work % E
-        within = work // E
-        return expert, (within // in_tiles) * BM, (within % in_tiles) * BN
-    expert = work // (out_tiles * in_tiles)
-    within = work % (out_tiles * in_tiles)
-    width = GROUP * in_tiles
-    start = (within // width) * GROUP
-    height = tl.minimum(out_tiles - start, GROUP)
-    return expert, (start + (within % width) % height) * BM, ((within % width) // height) * BN
 
 
 @triton.jit
@@ -109,7 +93,7 @@ def _weight_gradient_kernel(
         for _ in tl.range(steps):
             if at + BK >= last - first:
                 work += tl.num_programs(0)
-                expert, out, column = _block_of(tl.minimum(work, works - 1), E, out_tiles, in_tiles, BM, BN, GROUP)
+                expert, out, column = block_of(tl.minimum(work, works - 1), E, out_tiles, in_tiles, BM, BN, GROUP)
                 first = tl.load(offset_ptr + expert)
                 last = tl.load(offset_ptr + expert + 1)
                 at = 0
@@ -125,7 +109,7 @@ def _weight_gradient_kernel(
                 total = tl.zeros((BM, BN), tl.float32)
     else:
         for work in range(tl.program_id(0), works, tl.num_programs(0)):
-            expert, out, column = _block_of(work, E, out_tiles, in_tiles, BM, BN, GROUP)
+            expert, out, column = block_of(work, E, out_tiles, in_tiles, BM, BN, GROUP)
             first = tl.load(offset_ptr + expert)
             last = tl.load(offset_ptr + expert + 1)
             total = tl.zeros((BM, BN), tl.float32)
@@ -163,6 +147,11 @@ def weight_gradient(
     E = routing.offset_E1.numel() - 1
     n_out, n_in = left.shape[1], right.shape[1]
     dw_EOI = left.new_empty((E, n_out, n_in))
+    if weight_gradient_hopper.suits(left, right, tile):
+        weight_gradient_hopper.product(
+            left, right, routing, tile, dw_EOI, left_per_token=left_per_token, right_per_token=right_per_token
+        )
+        return dw_EOI
     left_tma = left_per_token is None and can_describe(left)
     right_tma = right_per_token is None and can_describe(right)
     store_tma = tile.tma_store and can_describe(dw_EOI)
