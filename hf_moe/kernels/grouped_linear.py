@@ -145,7 +145,7 @@ NO_ADAPTER = (None, None, 0, 0, 0, 0)
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _grouped_linear_kernel(
     x,
     w,

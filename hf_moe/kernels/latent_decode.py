@@ -20,7 +20,7 @@ from .tuning import cdiv, power_of_2
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["latent_b", "rot_b", "L", "N"], do_not_specialize_on_alignment=["S", "head_rows"])
 def _attend_kernel(
     q_latent_ptr, q_rot_ptr, latent_ptr, k_rot_ptr, slot_ptr, mask_ptr, start_ptr, end_ptr, query_ptr, out_ptr, log_ptr,
     latent_b, rot_b, jump, end_b, mask_b, mask_h, mask_s, mask_l,

@@ -22,7 +22,7 @@ def _rotate(source, target, i, keep, cos, sin, P: tl.constexpr, INTERLEAVE: tl.c
     tl.store(target + i + P // 2, (wide_b * cos + wide_a * sin).to(a.dtype), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"], do_not_specialize_on_alignment=["S"])
 def _enter_kernel(
     query_ptr, latent_key_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, rotated_ptr, latent_ptr, k_rot_ptr,
     cos_b, cos_s, latent_b, latent_l, k_rot_b, k_rot_l, S, L, eps,

@@ -182,7 +182,7 @@ def _scores_and_left(
     _store(out_ptr, sums, gl.convert_layout(divisor, ROWS), 0, place, C, WIDE, DIRECT, LAYOUT)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["R", "L", "N"], do_not_specialize_on_alignment=["S"])
 def _attend_kernel(
     q_latent, q_rot, latent, k_rot, out_ptr, log_ptr, mask_ptr, start_ptr, end_ptr, end_b, mask_b, mask_l,
     R, S, L, N, scale, cap, window,

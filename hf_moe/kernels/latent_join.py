@@ -17,7 +17,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 _NUMBERS_AT_ONCE = 16384
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["S"])
 def _join_kernel(
     part_ptr, log_ptr, sink_ptr, out_ptr, H, S, N,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, CHAINED: tl.constexpr,
@@ -41,7 +41,7 @@ def _join_kernel(
     tl.store(out_ptr + row * C + c, out.to(out_ptr.dtype.element_ty), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["S"])
 def _join_values_kernel(
     part_ptr, log_ptr, sink_ptr, weight_ptr, out_ptr, weight_h, weight_v, H, S, N,
     C: tl.constexpr, V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,

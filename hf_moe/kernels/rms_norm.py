@@ -24,7 +24,7 @@ _PER_SM = 4
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rms_norm_kernel(
     x_ptr,
     branch_ptr,
@@ -58,7 +58,7 @@ def _rms_norm_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rms_norm_backward_kernel(
     dy_ptr,
     x_ptr,

@@ -55,7 +55,7 @@ def load_expert(index_ptr, n, N, E):
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["N", "n_blocks"])
 def _count_kernel(index_ptr, count_ptr, N, E, n_blocks, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0)
     expert = load_expert(index_ptr, block * BLOCK + tl.arange(0, BLOCK), N, E)
@@ -64,7 +64,7 @@ def _count_kernel(index_ptr, count_ptr, N, E, n_blocks, BLOCK: tl.constexpr, BIN
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks"])
 def _scan_kernel(count_ptr, total_ptr, n_blocks, CHUNK: tl.constexpr):
     expert = tl.program_id(0)
     carry = tl.program_id(0) * 0
@@ -112,7 +112,7 @@ def _place(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["N", "n_blocks", "n_tiles", "capacity"])
 def _place_kernel(
     index_ptr, before_ptr, total_ptr, row_ptr, position_ptr, offset_ptr, tile_ptr,
     N, E, n_blocks, n_tiles, capacity,
@@ -130,7 +130,7 @@ def _place_kernel(
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["N", "n_blocks", "n_tiles", "capacity"])
 def _route_kernel(
     index_ptr, row_ptr, position_ptr, offset_ptr, tile_ptr, N, E, n_blocks, n_tiles, capacity,
     BLOCK: tl.constexpr, BINS: tl.constexpr, TILE_BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, CHUNK: tl.constexpr,

@@ -20,7 +20,7 @@ from .single_rows import gate_arguments, gated, single_rows, weight_rows
 from .tuning import Tile, cdiv, power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _expert_rows_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, index_ptr,
     T, K, E, I, O, gap, x_stride, w_stride_e, w_stride_o, w_stride_i, alpha, limit, up_offset,

@@ -20,7 +20,7 @@ from .tuning import Tile, cdiv
 
 
 @launched
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _up_projection_kernel(
     x,
     w,
