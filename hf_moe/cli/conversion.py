@@ -266,7 +266,7 @@ def verify(
             progress=not quiet,
         )
         logits, decode, loss = certificate["logits"], certificate["decode"], certificate["loss"]
-        typer.echo(f"{target}: passed")
+        typer.echo(f"{target}: passed" + ("" if certificate["exact"] else "; not exact, and this is what it costs:"))
         typer.echo(f"  {logits['tokens']} tokens of {certificate['text']}")
         typer.echo(
             f"  max |Δlogit| {logits['max_abs_difference']:.2e}, mean {logits['mean_abs_difference']:.2e}, "

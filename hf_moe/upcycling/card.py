@@ -215,8 +215,11 @@ def _measurements(certificate: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def add_healing(folder: Path, record: dict[str, Any], command: str) -> None:
-    """Put what healing has measured before the card's licence; what was true of the older weights only is said so."""
+def add_healing(folder: Path, former: str, name: str, record: dict[str, Any], command: str) -> None:
+    """Turn the card of a model named `former` into that of the healed one.
+
+    What healing has measured goes before the licence; what was true of the older weights only is said to be so.
+    """
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if _LICENCE not in text:
@@ -226,6 +229,8 @@ def add_healing(folder: Path, record: dict[str, Any], command: str) -> None:
         text = f"{before}{_BEGIN}\n{_END}{rest.split(_END, 1)[1]}"
     for proof in (_PROOF, _EXCHANGE_PROOF):
         text = text.replace(proof, _HEALED_PROOF)
+    text = text.replace(f"\n# {former}\n", f"\n# {name}\n")
+    text = text.replace(f'from_pretrained("{former}"', f'from_pretrained("{name}"')
     text = text.replace(f"{_PRICE}\n", f"{_PRICE}, before healing\n")
     text = text.replace(_THIS, _THIS.replace("this model", "before healing"))
     settings, before, after = record["settings"], record["before"], record["after"]

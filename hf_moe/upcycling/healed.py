@@ -65,6 +65,7 @@ def heal(
         raise ValueError(f"{folder} holds a {kind.get('model_type')!r} model; only hf_moe models are healed")
     rows, measured = _rows(text, heldout, folder, options.length, heldout_length or options.length, heldout_rows)
     partial = partial_folder(target)
+    _refuse_leftovers(partial, resume)
     settings: dict[str, Any] = {"source": opened.title, "model": str(folder.absolute()), "text": [str(t) for t in text]}
     settings |= {"heldout": str(heldout) if heldout else None, **options.to_dict()}
     # Another content under the same names is another run.
@@ -89,7 +90,8 @@ def heal(
             advance(step - done)
             done = step
 
-        curve = healing.heal(model, teacher, rows, options, partial / "checkpoints", resume=resume, report=report)
+        with quiet_loading():
+            curve = healing.heal(model, teacher, rows, options, partial / "checkpoints", resume=resume, report=report)
     dtype = getattr(torch, str(kind.get("dtype") or "float32").removeprefix("torch."))
     # What is measured is what is written.
     model.to(dtype).float()
@@ -100,7 +102,8 @@ def heal(
     settings["heldout"] = Path(heldout).name if heldout else None
     record = {"settings": settings, "before": before, "after": after, "curve": curve}
     command = command_line(opened.title, target.name, settings)
-    _write(model.to(dtype), folder, partial / "model", record, command)
+    with quiet_loading():
+        _write(model.to(dtype), folder, partial / "model", target.name, record, command)
     os.rename(partial / "model", target)
     shutil.rmtree(partial)
     return record
@@ -118,6 +121,12 @@ def command_line(source: str, out: str, settings: dict[str, Any]) -> str:
     return shlex.join(map(str, words))
 
 
+def _refuse_leftovers(partial: Path, resume: bool) -> None:
+    """Before models are loaded: what is there has to be a run that goes on."""
+    if partial.exists() and any(partial.iterdir()) and not (resume and (partial / _SETTINGS).is_file()):
+        raise ValueError(f"{partial} is in the way: resume the interrupted run, or remove it to begin anew")
+
+
 def _begin(partial: Path, settings: dict[str, Any], resume: bool) -> None:
     path = partial / _SETTINGS
     if resume and path.is_file():
@@ -127,8 +136,6 @@ def _begin(partial: Path, settings: dict[str, Any], resume: bool) -> None:
                 f"the interrupted run in {partial} had another {', '.join(changed)}; remove it to begin anew"
             )
         return
-    if partial.exists() and any(partial.iterdir()):
-        raise ValueError(f"{partial} is in the way: resume the interrupted run, or remove it to begin anew")
     partial.mkdir(exist_ok=True)
     path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -175,7 +182,7 @@ def token_ids(path: str | Path, folder: Path) -> Any:
     return torch.tensor(tokenizer(words, truncation=False, verbose=False)["input_ids"])
 
 
-def _write(model: Any, folder: Path, out: Path, record: dict[str, Any], command: str) -> None:
+def _write(model: Any, folder: Path, out: Path, name: str, record: dict[str, Any], command: str) -> None:
     model.save_pretrained(out)
     copy_model_files(out)
     for path in sorted(folder.iterdir()):
@@ -184,4 +191,4 @@ def _write(model: Any, folder: Path, out: Path, record: dict[str, Any], command:
         if path.is_file() and not old and not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)
     (out / HEALING_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    add_healing(out, record, command)
+    add_healing(out, folder.name, name, record, command)

@@ -5,8 +5,9 @@ Letters: S tokens read, V vocabulary.
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ def load_source(source: Source) -> Any:
     arguments = source.load_arguments()
     if "gguf_file" in arguments:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        # Its bar for the tensors knows no switch.
+        with redirect_stderr(StringIO()):
+            return transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32).eval()
     return transformers.AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32).eval()
 
 

@@ -75,10 +75,10 @@ def verify(
         raise ValueError(f"{folder} is no folder")
     record = read_record(folder)
     failures = _check_bytes(opened, folder, record, progress)
-    certificate: dict[str, Any] = {"passed": False, "failures": failures, "source": opened.title}
+    exact = record.options.mode in EXACT_MODES and record.options.attention == "exact"
+    certificate: dict[str, Any] = {"passed": False, "failures": failures, "exact": exact, "source": opened.title}
     certificate |= {"revision": opened.revision, "options": record.options.to_dict()}
     if not failures:
-        exact = record.options.mode in EXACT_MODES and record.options.attention == "exact"
         measured = _compare(opened, folder, text, tokens, new_tokens, progress)
         certificate |= measured
         failures += _judge(measured, tolerance, exact)
@@ -122,8 +122,8 @@ def read_record(folder: Path) -> Record:
     """
     path = folder / PROVENANCE_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"conversion": None}
-        if "conversion" in content:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file() or "conversion" in content:
             raise VerificationError(
                 f"{folder} holds no {PROVENANCE_NAME}, so nobody can say which bytes of a source made it: only what "
                 "hf-moe upcycle wrote can be verified, not a model that was exported, imported or trained further"
@@ -172,6 +172,7 @@ def _differing(plan: Plan, source: Source, folder: Path, record: Record, advance
             if file.read(len(shard.header)) != shard.header:
                 yield f"the header of {shard.file} is not that of the plan"
                 return
+            advance(len(shard.header))
             for tensor in shard.tensors:
                 produced = next(stream)
                 sha256, _ = produced.hashes()

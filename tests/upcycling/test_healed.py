@@ -70,6 +70,8 @@ def test_card_says_what_was_before_healing(tmp_path):
     heal(source, folder, tmp_path / "healed", [tmp_path / "ids.npy"], **healing)
     card = (tmp_path / "healed" / "README.md").read_text()
     assert "A dense model with latent attention, made from `dense`" in card
+    assert "\n# healed\n" in card
+    assert card.count('from_pretrained("healed"') == 2
     assert "## Price of the smaller cache, before healing\n" in card
     assert "| | exact attention | before healing |" in card
     assert "Measured against the source" not in card
