@@ -167,7 +167,10 @@ def texts(name: str):
 def test_one_graph_decodes_all_texts(variant, captures):
     model, prompts, choices, after = texts(variant)
     for ids, expected in zip(prompts, after, strict=True):
-        assert torch.equal(model.generate(ids, attention_mask=(ids != 0).long(), **choices), expected)
+        for texts_on in ("cuda", "cpu"):
+            ids = ids.to(texts_on)
+            found = model.generate(ids, attention_mask=(ids != 0).long(), **choices)
+            assert torch.equal(found, expected.to(texts_on))
     assert len(captures) == 1
     held = torch.cuda.memory_allocated()
     cache = kept_hf_moe._KEPT[model].nbytes
