@@ -25,8 +25,8 @@ REPLAYING_DEVICES = ("cuda",)
 
 
 def rounded(length: int) -> int:
-    """A cache's length with room for the next, longer text: at most a quarter more, or 256 tokens."""
-    step = max(256, 1 << max(0, length.bit_length() - 3))
+    """A cache's length with room for the next, longer text: at most an eighth more, or 256 tokens."""
+    step = max(256, 1 << max(0, length.bit_length() - 4))
     return (length + step - 1) // step * step
 
 
