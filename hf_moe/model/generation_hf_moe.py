@@ -25,8 +25,8 @@ REPLAYING_DEVICES = ("cuda",)
 
 
 def rounded(length: int) -> int:
-    """A cache's length with room for the next, longer text: at most a quarter more, or 256 tokens."""
-    step = max(256, 1 << max(0, length.bit_length() - 3))
+    """A cache's length with room for the next, longer text: at most an eighth more, or 256 tokens."""
+    step = max(256, 1 << max(0, length.bit_length() - 4))
     return (length + step - 1) // step * step
 
 
@@ -152,7 +152,8 @@ class CapturedGeneration:
         count, ended = 0, False
         with self._optimize_model_for_decode(), step.behind(cache, mask, position[..., -1:]):
             while True:
-                scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
+                # Texts may be on the CPU: then tokens are chosen there, as in Transformers.
+                scores = logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
                 if generation_config.do_sample:
                     token = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
                 else:

@@ -79,7 +79,7 @@ class DecodeStep:
             visible.copy_(token >= 0)
             if attention_mask is not None:
                 last = attention_mask.shape[1] - 1
-                visible &= attention_mask.bool()[:, token.clamp(0, last)][:, None, None]
+                visible &= attention_mask.to(self.device).bool()[:, token.clamp(0, last)][:, None, None]
         layers = dict(enumerate(cache.layers))
         for index, ring in self.rings.items():
             ring.enter(layers[index])

@@ -13,6 +13,7 @@ from tiny import random_ids, tiny_model
 from torch import nn
 
 from hf_moe.model import kept_hf_moe
+from hf_moe.model.generation_hf_moe import rounded
 
 
 def greedy(model, ids, **more):
@@ -37,6 +38,11 @@ def test_one_capture_serves_all_calls(variant, recorder):
     recorder.on()
     assert all(torch.equal(greedy(model, ids), out) for ids, out in zip(prompts, expected, strict=True))
     assert (recorder.captures, recorder.replays) == (1, 6 + 3 * 7)
+
+
+def test_room_for_longer_texts():
+    for length in (*range(1, 5000, 7), 2**16, 2**16 + 1, 131071):
+        assert length <= rounded(length) <= length + max(255, length / 8)
 
 
 def test_sampling_and_ends_leave_no_trace(variant, recorder):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from cases import HALF, Shape, assert_as_good, index, normal, poison
 from test_layer import GPT_OSS, check, inputs, run
 from test_small_batch import check as check_few
@@ -166,7 +167,10 @@ def texts(name: str):
 def test_one_graph_decodes_all_texts(variant, captures):
     model, prompts, choices, after = texts(variant)
     for ids, expected in zip(prompts, after, strict=True):
-        assert torch.equal(model.generate(ids, attention_mask=(ids != 0).long(), **choices), expected)
+        for texts_on in ("cuda", "cpu"):
+            ids = ids.to(texts_on)
+            found = model.generate(ids, attention_mask=(ids != 0).long(), **choices)
+            assert torch.equal(found, expected.to(texts_on))
     assert len(captures) == 1
     held = torch.cuda.memory_allocated()
     cache = kept_hf_moe._KEPT[model].nbytes
@@ -183,3 +187,17 @@ def test_graphs_decode_in_a_cache_of_the_callers(variant, captures):
         found = model.generate(ids, attention_mask=(ids != 0).long(), past_key_values=cache, **choices)
         assert torch.equal(found, expected)
     assert len(captures) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["deepseek_v3", "sandwich"])
+def test_no_kernel_is_compiled_anew_for_another_prompt(name, monkeypatch):
+    """Lengths that 16 divides and others, whose tiles are the same."""
+    model = tiny_model(name).to("cuda", HALF)
+    choices = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    compiled = []
+    model.generate(random_ids(1, 288).cuda(), **choices)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **found: compiled.append(found["repr"]))
+    for length in (299, 304, 306):
+        model.generate(random_ids(1, length).cuda(), **choices)
+    assert not compiled
