@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import masking_utils
 from transformers.cache_utils import Cache
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 from .kept_hf_moe import circumstances, forget, keep, take
@@ -98,6 +98,16 @@ class CapturedGeneration:
             for width, kind in zip(self.config.cache_widths, self.config.layer_types, strict=True)
         )
         return sequences * tokens * self.dtype.itemsize < SHARE_OF_FREE_MEMORY * free_memory(self.device)
+
+    def prepare_inputs_for_generation(
+        self: Any, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Transformers', but where a sequence outgrows longrope's short factors, all keys are computed anew."""
+        switch, cached = self.model.rotary_emb.switch, past_key_values.get_seq_length() if past_key_values else 0
+        if switch is not None and 0 < cached <= switch < input_ids.shape[1]:
+            past_key_values, kwargs["next_sequence_length"] = None, None
+        kwargs["past_key_values"] = past_key_values
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
 
     def get_compiled_call(self: Any, compile_config: Any) -> Callable:
         """What a `compile_config` asks for, and the call as it is without one: `_sample` captures what it can."""
@@ -211,8 +221,12 @@ class CapturedGeneration:
         # Compiled by the user, or fed by somebody else: peft's prompts are inputs that a step would lack.
         if self._compiled_call_impl is not None or hasattr(self.forward, "_torchdynamo_orig_callable"):
             return False
+        # A cache that is replayed cannot be begun anew.
+        switch = self.model.rotary_emb.switch
+        if switch is not None and generation_config.max_length > switch:
+            return False
         prepare = getattr(self.prepare_inputs_for_generation, "__func__", None)
-        return prepare is GenerationMixin.prepare_inputs_for_generation
+        return prepare is CapturedGeneration.prepare_inputs_for_generation
 
     def _can_capture(self: Any, generation_config: GenerationConfig, model_kwargs: dict) -> bool:
         mask = model_kwargs.get("attention_mask")

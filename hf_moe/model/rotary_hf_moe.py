@@ -57,6 +57,16 @@ class HfMoeRotaryEmbedding(nn.Module):
         """Transformers' names of the ropes in use."""
         return set(self.rope_type.values()) if isinstance(self.rope_type, dict) else {self.rope_type}
 
+    @property
+    def switch(self) -> int | None:
+        """The longest sequence whose keys have longrope's short factors; all longer ones have its long factors."""
+        lengths = [
+            rope_parameters_of(self.config, layer_type)["original_max_position_embeddings"]
+            for layer_type in self.layer_types
+            if rope_parameters_of(self.config, layer_type)["rope_type"] == "longrope"
+        ]
+        return min(lengths, default=None)
+
     def of_layers(self, tables: dict[str | None, tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
         """cos and sin (B, S, P) of each layer, from the tables by layer type; picked for all layers at once."""
         keys = [t if t in tables else None for t in self.config.layer_types]

@@ -31,6 +31,18 @@ def decode(model, ids, steps):
     return torch.cat(tokens, dim=1), torch.stack(logits, dim=1)
 
 
+@pytest.mark.parametrize("length", [50, 63, 64, 65])
+@torch.no_grad()
+def test_generation_across_the_length_at_which_a_rope_changes(tmp_path, length):
+    """Keys that were cached with longrope's short factors are computed anew, as Transformers' Phi-3 does at 64."""
+    source = save_dense(tmp_path / "dense", "phi3_longrope")
+    pair = load_pair(source, upcycle(source, tmp_path / "moe", experts=2, progress=False))
+    ids = random_ids(length, 1)
+    choices = {"max_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    theirs, ours = (model.generate(ids, **choices) for model in pair)
+    assert torch.equal(theirs, ours)
+
+
 def load_pair(source, target):
     """Source and target in fp32."""
     pair = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (source, target)]
