@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -185,6 +186,21 @@ def test_plan(source, tmp_path):
     planned = json.loads(output)["target"]
     call("upcycle", source, tmp_path / "moe", "--experts", 4, "-q")
     assert planned["bytes"] == sum(file.stat().st_size for file in (tmp_path / "moe").glob("*.safetensors"))
+
+
+def test_a_smaller_cache(source, tmp_path):
+    """What the plan says of it, and what it cost; both say more than that it was done."""
+    choices = ["--attention", "compress", "--experts", 1, "--calibration-tokens", 256]
+    status, output, _ = call("plan", source, *choices, "--max-kl", 0.1)
+    assert status == 0
+    assert re.search(r"reading \d+ tokens of calibration text takes [\d.]+ [kM]B of memory", " ".join(output.split()))
+    assert "How much smaller the cache may be is found on the text" in output
+    status, output, _ = call("upcycle", source, tmp_path / "half", *choices, "--cache-ratio", 0.5, "-q")
+    assert status == 0
+    assert re.match(r"50\.0% of the source's cache costs, on \d+ tokens, KL 0\.\d{4} nats; same most likely", output)
+    status, output, _ = call("verify", source, tmp_path / "half", "-q", "--tokens", 60, "--new-tokens", 4)
+    assert status == 0
+    assert "half: passed; not exact, and this is what it costs:" in output
 
 
 def test_export_and_import(source, tmp_path):

@@ -187,6 +187,8 @@ def plan(
             typer.echo(dumps(summary, indent=1))
         else:
             show_plan(summary)
+            if max_kl is not None:
+                typer.echo("How much smaller the cache may be is found on the text; shown is the whole.")
 
 
 @app.command()
