@@ -321,7 +321,8 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    gpu = torch.cuda.get_device_name().split()[-1].lower()
+    name = torch.cuda.get_device_name().lower()
+    gpu = next((word for word in name.split() if word[0] in "abh" and word[1:].isdigit()), name.split()[-1])
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     result = {"device": torch.cuda.get_device_name(), "versions": versions(), "commit": args.commit or commit()}
     result["ceilings"] = ceilings(flush)
