@@ -23,9 +23,11 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, ReplayedCache] = weakref.WeakKeyDict
 def circumstances(model: Any, batch_size: int) -> tuple | None:
     """All that a step depends on beside the contents of tensors; None where more may be hidden, as in adapters."""
     config, device = model.config, model.device
+    # Autocast frees its copies of the weights where it ends, and a graph would go on reading them.
+    if torch.is_autocast_enabled(device.type):
+        return None
     found: list[Any] = [batch_size, device, config._attn_implementation, config._experts_implementation]
     found += [config.to_json_string(use_diff=False), torch.is_inference_mode_enabled()]
-    found += [torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)]
     found += [torch.backends.cuda.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled()]
     if device.type == "cuda":
         found.append(torch.cuda.current_stream(device).cuda_stream)

@@ -102,6 +102,17 @@ def test_inference_mode_and_no_grad_take_turns(recorder):
     assert recorder.captures == 3
 
 
+def test_nothing_is_kept_under_autocast(recorder):
+    """It frees its copies of the weights where it ends."""
+    model, ids = tiny_model(), random_ids(2, 9)
+    recorder.on()
+    for calls in (1, 2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            greedy(model, ids)
+        assert kept(model) is None
+        assert recorder.captures == calls
+
+
 def test_recorders_of_hidden_states_are_no_change(recorder):
     model, ids = tiny_model(), random_ids(2, 9)
     recorder.on()
