@@ -8,7 +8,7 @@ import torch
 from .layerwise import DenseLayers
 
 # Tokens whose logits are in memory at once.
-_CHUNK = 512
+_CHUNK = 128
 
 
 def divergences(dense: DenseLayers, exact: torch.Tensor, others: list[torch.Tensor]) -> list[float]:

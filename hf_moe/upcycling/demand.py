@@ -105,7 +105,7 @@ def _attention(plan: Plan, source: Source) -> Demand:
     # How many intermediates there are at a time is of measurement.
     survey = (rows + layers) * state + learnt * row * latent * _FLOAT + 9 * scores + 5 * moments
     build = 2 * rows * state + 20 * moments + 3 * (heads * width) ** 2 * _DOUBLE
-    vocabulary = config["vocab_size"] * (hidden + 6 * 512) * _FLOAT
+    vocabulary = config["vocab_size"] * (hidden + 8 * 128) * _FLOAT
     memory = max(weights + max(survey, build), vocabulary + 2 * rows * state)
 
     forward = 2 * row * layer + 4 * row**2 * heads * width

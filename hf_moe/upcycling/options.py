@@ -5,7 +5,7 @@ from typing import Any
 
 MODES = {
     "copy": "every expert is the dense MLP; exact",
-    "split": "the dense MLP cut into shards, one shared and the others copied; exact",
+    "split": "the dense MLP cut into shards, some for every token and the others copied, or all copied; exact",
     "drop": "copies in which drop_ratio of the neurons are drawn anew, others in each expert; not exact",
     "noise": "copies with normal noise of noise_std times each matrix's deviation; not exact",
     "cluster": "the dense MLP's neurons grouped by co-activation, as many parameters as before; not exact",

@@ -10,8 +10,8 @@ from .headers import FLOAT_TYPES, ITEM_SIZE
 from .plan import TENSORS_AHEAD, Plan
 from .sources import Source
 
-# Interpreter, torch and buffers, before the first weight.
-BASE_MEMORY = 512 * 1024 * 1024
+# Interpreter, torch and buffers, before the first weight; a tokenizer and Transformers' models where text is read.
+BASE_MEMORY, READING_MEMORY = 512 * 1024 * 1024, 512 * 1024 * 1024
 # Rate of reading, hashing and writing that the time estimate assumes, bytes a second.
 RATE = 400_000_000
 # Numbers a second that reading calibration text is assumed to compute on a processor.
@@ -54,7 +54,7 @@ def summarise(plan: Plan, source: Source) -> dict[str, Any]:
             "forward_flops_per_token": cost.forward_flops(plan.config, 0),
         },
         "conversion": {
-            "memory_peak_bytes": max(peak, text.memory if text else 0) + BASE_MEMORY,
+            "memory_peak_bytes": max(peak, text.memory + READING_MEMORY if text else 0) + BASE_MEMORY,
             "disk_bytes": disk_bytes(plan, source),
             "seconds": round((source.nbytes + plan.nbytes) / RATE + learning, 1),
             "assumed_bytes_per_second": RATE,
