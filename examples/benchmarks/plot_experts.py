@@ -33,14 +33,8 @@ def draw(result: dict, routing: str, direction: str, path: Path) -> None:
         width = 0.8 / len(colors)
         for i, (name, color) in enumerate(colors.items()):
             heights = [found.get((name, t), 0) for t in tokens]
-<<<<<<< HEAD
             places = [x + (i + 0.5) * width - 0.4 for x in range(len(tokens))]
             panel.bar(places, heights, width, color=color, label=name)
-=======
-            panel.bar(
-                [x + (i + 0.5) * width - 0.4 for x in range(len(tokens))], heights, width, color=color, label=name
-            )
->>>>>>> upcycle
         panel.axhline(result["ceilings"]["matmul_tflops"], color="black", linewidth=0.8, linestyle=":")
         panel.set_xticks(range(len(tokens)), [f"{t:,}" for t in tokens])
         panel.set_title(shape, fontsize=10)
