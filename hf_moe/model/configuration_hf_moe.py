@@ -170,6 +170,10 @@ class HfMoeConfig(PreTrainedConfig):
         return config, kwargs
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for alias, name in self.attribute_map.items():
+            given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if alias in kwargs and kwargs[alias] != given != default:
+                raise ValueError(f"{alias}={kwargs[alias]} and {name}={given} are one option, and must be the same")
         first_k_dense_replace = kwargs.pop("first_k_dense_replace", 0)
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["dense"] * min(first_k_dense_replace, self.num_hidden_layers)

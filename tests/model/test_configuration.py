@@ -105,6 +105,7 @@ def test_rope_tables_are_llamas(rope_type):
             {"kv_lora_ranks": [8, 8, 8], "num_nextn_predict_layers": 1},
             "kv_lora_ranks leaves out num_nextn_predict_layers=1",
         ),
+        ({"num_experts": 8, "n_routed_experts": 16}, "num_experts=8 and n_routed_experts=16"),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_its_numbers(changes, message):
