@@ -105,12 +105,17 @@ def test_rope_tables_are_llamas(rope_type):
             {"kv_lora_ranks": [8, 8, 8], "num_nextn_predict_layers": 1},
             "kv_lora_ranks leaves out num_nextn_predict_layers=1",
         ),
-        ({"num_experts": 8, "n_routed_experts": 16}, "num_experts=8 and n_routed_experts=16"),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_its_numbers(changes, message):
     with pytest.raises(StrictDataclassError, match=message):
         tiny_config(**changes)
+
+
+def test_two_names_of_one_option_have_one_number():
+    assert tiny_config(num_experts=4, n_routed_experts=4).n_routed_experts == 4
+    with pytest.raises(ValueError, match="num_experts=8 and n_routed_experts=16 are one option"):
+        tiny_config(num_experts=8, n_routed_experts=16)
 
 
 @pytest.mark.parametrize("changes", [{"kv_lora_rank": "512"}, {"scoring_func": "relu"}, {"norm_placement": "side"}])
