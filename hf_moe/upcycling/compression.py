@@ -20,7 +20,7 @@ from .agreement import agreement, divergences
 from .budget import Candidate
 from .factors import Latent, Weights, by_loss, candidates, compress_layer, factor, latent_rows, refit
 from .layerwise import Passage
-from .random import generator
+from .random import Draws
 from .source_attention import SourceAttention, before_output, rope_of, weights_at
 from .statistics import Reader, Statistics, measure
 from .widths import Width
@@ -115,10 +115,11 @@ def _measure(
     cos, sin = (table[0, :, : table.shape[-1] // 2] for table in rope)
     plain = [rows.float() for rows in (weights.query, weights.key, weights.value)]
     output = weights.output[:, :-1].float()
+    directions = Draws(f"{seed}/{passage.number}/probe")
 
     def project(b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         x = passage.attention_input(passage.hidden[b])[0]
-        noise = torch.randn(x.shape, generator=generator(f"{seed}/{passage.number}/probe/{b}")).to(x.device)
+        noise = directions.draw(b, x.shape).to(x.device)
         query, key, value = (x @ rows[:, :-1].T + rows[:, -1] for rows in plain)
         return query, key, value, noise @ output
 

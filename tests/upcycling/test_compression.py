@@ -6,6 +6,7 @@ import torch
 from hf_moe.upcycling import statistics as statistics_module
 from hf_moe.upcycling.budget import Candidate, allocate, frontier, uniform
 from hf_moe.upcycling.factors import Weights, candidates, compress_layer, factor, latent_rows, refit
+from hf_moe.upcycling.random import Draws, generator
 from hf_moe.upcycling.rotation import Rotation, as_pairs, counter_rotated, gather, root_of, shared_keys, unrotated
 from hf_moe.upcycling.statistics import Heads, Reader, Statistics, measure
 
@@ -201,6 +202,13 @@ def test_moments_are_those_of_gradients_of_the_whole_text(monkeypatch, rotate):
     assert (found.mean_Y - mean).abs().max() <= 1e-4 * y.abs().max()
     covariance = ((y - mean) * weight[:, None]).T @ (y - mean)
     assert (found.covariance_YY - covariance).abs().max() <= 1e-4 * covariance.abs().max()
+
+
+def test_parts_of_a_draw_come_again():
+    whole = torch.randn(4, 8, 6, generator=generator("seed"))
+    draws = Draws("seed")
+    for part in (2, 0, 0, 3, 1, 2):
+        assert torch.equal(draws.draw(part, torch.Size((8, 6))), whole[part])
 
 
 def test_output_is_fitted_by_least_squares():
