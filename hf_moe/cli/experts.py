@@ -62,12 +62,16 @@ def inspect(
 
         from ..training.inspection import inspect as run
         from ..training.inspection import show, write_page
-        from ..training.pictures import draw_load
+        from ..training.pictures import can_draw, draw_load
 
         choices = run(model, text.read_text(encoding="utf-8"), tokens)
         show(choices, Console())
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             write_page(choices, out / "experts.html")
-            draw_load(choices.load.share, out / "load.png", title="load over the mean")
-            typer.echo(f"{out / 'experts.html'} shows the text, {out / 'load.png'} the load.")
+            typer.echo(f"{out / 'experts.html'} shows the text.")
+            if can_draw():
+                draw_load(choices.load.share, out / "load.png", title="load over the mean")
+                typer.echo(f"{out / 'load.png'} shows the load.")
+            else:
+                typer.echo("There is no load.png: matplotlib is not installed.")

@@ -31,12 +31,18 @@ def base_weight(module: Any, name: str, dtype: torch.dtype) -> Tensor:
     return weight.transpose(1, 2) if module.is_transposed else weight
 
 
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
+
+
 def _stacked(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """Several adapters are one of their summed rank, filled up to rows of 16 bytes. Scaled before rounding."""
     if not adapters:
         return None
-    a_ERI = torch.cat([adapter.a_ERI.to(dtype) for adapter in adapters], 1)
-    b_EOR = torch.cat([(adapter.b_EOR * adapter.scaling).to(dtype) for adapter in adapters], 2)
+    a_ERI = _joined([adapter.a_ERI.to(dtype) for adapter in adapters], 1)
+    # peft keeps b with the experts innermost: the cast turns it too.
+    order = torch.contiguous_format
+    b_EOR = _joined([(adapter.b_EOR * adapter.scaling).to(dtype, memory_format=order) for adapter in adapters], 2)
     missing = -a_ERI.shape[1] % 8
     if missing:
         a_ERI, b_EOR = nn.functional.pad(a_ERI, (0, 0, 0, missing)), nn.functional.pad(b_EOR, (0, missing))

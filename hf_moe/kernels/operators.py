@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
+# These names are torch's own; without one of them every call goes through the dispatcher.
+_NAMES = ("_len_torch_dispatch_stack", "_any_requires_grad", "_AutoDispatchBelowAutograd")
+_DIRECT = all(hasattr(torch._C, name) for name in _NAMES) and hasattr(torch._C._functorch, "peek_interpreter_stack")
 
 
 def _is_watched(arguments: tuple[Any, ...]) -> bool:
@@ -45,7 +48,7 @@ class Operator:
         torch.library.impl(f"hf_moe::{name}", "CompositeExplicitAutograd", lib=library)(on_its_device)
 
     def __call__(self, *arguments: Any) -> Any:
-        if _is_watched(arguments):
+        if not _DIRECT or _is_watched(arguments):
             return self._op(*arguments)
         return self._compute(self._body, *arguments)
 
@@ -65,6 +68,10 @@ class Operator:
             backward: (ctx, *gradients of results) → gradients of arguments, a tuple.
             setup: (ctx, inputs, output), which keeps what backward needs.
         """
+        if not _DIRECT:
+            name = f"hf_moe::{self._name}"
+            torch.library.register_autograd(name, backward, setup_context=setup, lib=self._library)
+            return
 
         class Gradient(torch.autograd.Function):
             @staticmethod

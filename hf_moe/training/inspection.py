@@ -123,8 +123,8 @@ def write_page(choices: Choices, path: Path) -> None:
         "weight": [[[round(w, 3) for w in row] for row in layer] for layer in choices.weight.tolist()],
         "experts": choices.experts,
     }
-    # "</" would end the script that holds it.
-    path.write_text(PAGE.replace("DATA", json.dumps(data).replace("</", "<\\/")), encoding="utf-8")
+    # "</" would end the script that holds it, and "<!--" change how it is read.
+    path.write_text(PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c")), encoding="utf-8")
 
 
 PAGE = """<!doctype html>

@@ -7,16 +7,19 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 from .load import ExpertLoad, RoutingCounter
+from .pictures import can_draw, draw_balance, draw_load
+
+logger = logging.get_logger(__name__)
 
 
 def load_metrics(load: ExpertLoad, per_layer: bool = True) -> dict[str, float]:
     """Numbers for a log: the worst layer's, and each layer's.
 
     `max_over_mean` is the busiest expert over the mean, `unused` the share of experts without a token, `entropy` 1 when
-    even. `dropped` is the share of routed rows that no expert served: 0, as there is no capacity limit; padding counts
-    as tokens.
+    even. Padding counts as tokens. No token is ever dropped.
     """
     layers = {
         "max_over_mean": load.layer_max_over_mean,
@@ -25,8 +28,6 @@ def load_metrics(load: ExpertLoad, per_layer: bool = True) -> dict[str, float]:
     }
     worst = {"max_over_mean": torch.amax, "unused": torch.amax, "entropy": torch.amin}
     metrics = {f"experts/{name}": worst[name](values).item() for name, values in layers.items()}
-    rows = load.counts.sum(dim=1)
-    metrics["experts/dropped"] = 1.0 - (rows.min() / rows.max().clamp(min=1)).item()
     if per_layer:
         for name, values in layers.items():
             metrics |= {f"experts/layer_{i:02d}/{name}": value for i, value in enumerate(values.tolist())}
@@ -41,7 +42,8 @@ class ExpertLoadCallback(TrainerCallback, ExportableState):
 
     Args:
         per_layer: log each sparse layer beside the worst.
-        pictures: write `experts/load.png` and `experts/balance.png` into the output folder when training ends.
+        pictures: write `experts/load.png` and `experts/balance.png` into the output folder when training ends; without
+            matplotlib, a warning when it begins says that there will be none.
     """
 
     def __init__(self, per_layer: bool = True, pictures: bool = True):
@@ -62,6 +64,8 @@ class ExpertLoadCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to count."""
+        if self.pictures and state.is_world_process_zero and not can_draw():
+            logger.warning("there will be no pictures of the experts' load: matplotlib is not installed")
         self.counter = RoutingCounter(kwargs["model"], training_only=True)
         self.since_log = torch.zeros_like(self.counter.load.counts)
         self.sum = torch.zeros_like(self.since_log)
@@ -99,9 +103,7 @@ class ExpertLoadCallback(TrainerCallback, ExportableState):
         self.counter = None
         self.sum += self.since_log
         self.total = self.sum.tolist()
-        if self.pictures and state.is_world_process_zero:
-            from .pictures import draw_balance, draw_load
-
+        if self.pictures and state.is_world_process_zero and can_draw():
             folder = Path(args.output_dir) / "experts"
             folder.mkdir(parents=True, exist_ok=True)
             draw_load(ExpertLoad(self.sum).share, folder / "load.png")

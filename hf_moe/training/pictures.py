@@ -1,9 +1,15 @@
-"""Heat maps of expert load."""
+"""Heat maps of expert load. They need matplotlib, which the package does not."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _heat_map(

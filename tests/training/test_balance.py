@@ -18,6 +18,7 @@ from hf_moe.training import (
     MuonAdamW,
     SelectionBiasCallback,
     measure_expert_load,
+    metrics,
     move_selection_bias,
     use_selection_bias,
 )
@@ -203,8 +204,18 @@ def test_the_load_becomes_even_and_is_logged_and_drawn(tmp_path):
     first, *_, last = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert first["experts/max_over_mean"] > 1.4 > 1.25 > last["experts/max_over_mean"]
     assert last["experts/layer_01/entropy"] > first["experts/layer_01/entropy"]
-    assert last["experts/dropped"] == last["experts/unused"] == 0.0
+    assert last["experts/unused"] == 0.0
     assert {path.name for path in (tmp_path / "experts").iterdir()} == {"load.png", "balance.png"}
+
+
+def test_without_matplotlib_there_are_no_pictures_and_a_warning(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(metrics, "can_draw", lambda: False)
+    monkeypatch.setattr(metrics.logger, "warning", said.append)
+    model = use_selection_bias(tiny_model("gqa", router_aux_loss_coef=0.0))
+    Trainer(model, arguments(tmp_path, steps=1), train_dataset=samples(8), callbacks=[ExpertLoadCallback()]).train()
+    assert not (tmp_path / "experts").exists()
+    assert "matplotlib" in said[0]
 
 
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bias(tmp_path):

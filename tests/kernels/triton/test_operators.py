@@ -5,6 +5,7 @@ from cases import DEVICE, normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_moe.kernels import operators
 from hf_moe.kernels.rms_norm import rms_norm
 
 OURS = ["hf_moe.rms_norm.default", "hf_moe.rms_norm_backward.default"]
@@ -59,3 +60,19 @@ def test_without_a_gradient_there_is_none():
         assert not rms_norm(x, weight, 1e-6).requires_grad
     assert not torch.ops.hf_moe.rms_norm(x.detach(), weight.detach(), 1e-6, True).requires_grad
     assert torch.ops.hf_moe.rms_norm(x, weight.detach(), 1e-6, True).requires_grad
+
+
+def test_without_torchs_own_names_the_dispatcher_is_asked(monkeypatch):
+    monkeypatch.setattr(operators, "_DIRECT", False)
+    library = torch.library.Library("hf_moe", "FRAGMENT")
+    library.define("scaled(Tensor x, float factor) -> Tensor")
+    scaled = operators.Operator("scaled", lambda x, factor: x * factor, library)
+    scaled.register_gradient(
+        lambda ctx, dy: (dy * ctx.factor, None), lambda ctx, inputs, output: setattr(ctx, "factor", inputs[1])
+    )
+    x = normal(3, 4).requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(scaled(x, 3.0).sum(), x)[0], torch.full_like(x, 3.0))
+    leaves = normal(3, 32).requires_grad_(), normal(32, seed=1).requires_grad_()
+    wanted = gradients(*leaves)
+    monkeypatch.undo()
+    torch.testing.assert_close(gradients(*leaves), wanted)
