@@ -148,23 +148,26 @@ def _multiply(
         next_column, _, next_first, next_last = _look_up(tile_ptr, capacity, work + jump, tiles, columns, WIDTH, GROUP)
         if rows > LEAST:
             total = gl.zeros([64, COLUMNS], gl.float32, LAYOUT)
+            before = stage
             for part in gl.static_range(PARTS):
                 total = wg.step(left, right, full, total, stage, phase, part == 0, WG, False, IN_FIRST, GATHER)
                 if part > 0:
-                    wg.give_back(empty, stage)
+                    wg.give_back(empty, before)
                 # Always open, but a loop: the compiler moves nothing from below to above the products.
                 mbarrier.wait(open_.index(0), 1)
                 slot = _send(
                     part, packed, y, a, done_first, done_rows, done_column, staging, slot, alphas, limit, up_offset,
                     WG, GATED, STORE_H, ACT, CLIP,
                 )  # fmt: skip
+                before = stage
                 stage, phase = wg.following(stage, phase)
             for _ in range(PARTS * BK, N_IN, BK):
                 total = wg.step(left, right, full, total, stage, phase, False, WG, False, IN_FIRST, GATHER)
-                wg.give_back(empty, stage)
+                wg.give_back(empty, before)
+                before = stage
                 stage, phase = wg.following(stage, phase)
             total = warpgroup_mma_wait(0, deps=[total])
-            wg.give_back(empty, stage)
+            wg.give_back(empty, before)
             packed = wg.pack(total, dtype)
             done_first, done_rows, done_column = first, rows, column
         else:
@@ -253,8 +256,8 @@ def product(
     if gating:
         sizes, strides = [E, 2, part, n_in], [strides[0], part * strides[1], strides[1], 1]
         block = [1, 2, 128, 64]
-    y_out = None if y is None else wg.ragged_descriptor(y, groups, [64, 64])
-    a_out = y_out if a is None else wg.ragged_descriptor(a, 1, [64, 64])
+    y_out = None if y is None else wg.ragged_descriptor(y, [64, 64], groups)
+    a_out = y_out if a is None else wg.ragged_descriptor(a, [64, 64], 1)
     columns = cdiv(part, 256 // groups)
     gate = gating or Gating()
     _grouped_kernel[(min(routing.max_tiles * columns, processors(x.device)),)](

@@ -53,9 +53,9 @@ def following(stage, phase):
 
 @gluon.jit
 def give_back(empty, stage):
-    """Tell the copying warps that this warpgroup has read the stage before this one."""
+    """Tell the copying warps that this warpgroup has read a stage."""
     barrier()
-    mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
+    mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit
@@ -86,8 +86,7 @@ def step(
 def skip(full, empty, stage, phase):
     """Give back a stage without a look at it; the next stage and its phase."""
     mbarrier.wait(full.index(stage), phase)
-    barrier()
-    mbarrier.arrive(empty.index(stage), count=1)
+    give_back(empty, stage)
     return following(stage, phase)
 
 
@@ -149,11 +148,13 @@ def descriptor(x: Tensor, shape, strides, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(shape), list(strides), block, layout)
 
 
-def ragged_descriptor(x: Tensor, groups: int, block: list[int]) -> TensorDescriptor:
-    """Blocks of rows that end where an expert's rows end, and with the group that a column is in.
+def ragged_descriptor(x: Tensor, block: list[int], groups: int | None = None) -> TensorDescriptor:
+    """Blocks of rows that end where an expert's rows end; with groups of columns, a column's group comes before it.
 
     See triton.tools.ragged_tma: a row's address is the sum of three coordinates, of which the third stops at the end.
     """
-    row, part = x.stride(0), x.shape[1] // groups
-    shape, strides = [0x7FFF0000, 0x7FFF0000, 2**30, groups, part], [2**34 - row, row, row, part, 1]
-    return descriptor(x, shape, strides, [1, 1, block[0], 1, block[1]])
+    row, part = x.stride(0), x.shape[1] // (groups or 1)
+    shape, strides, box = [0x7FFF0000, 0x7FFF0000, 2**30, part], [2**34 - row, row, row, 1], [1, 1, *block]
+    if groups is not None:
+        shape[3:3], strides[3:3], box[3:3] = [groups], [part], [1]
+    return descriptor(x, shape, strides, box)

@@ -59,7 +59,7 @@ def test_products_of_a_weight_gradient_are_not_serialised():
     from hf_moe.kernels.weight_gradient_hopper import _weight_gradient_kernel
 
     constants = {"LEFT_GATHER": True, "RIGHT_GATHER": False, "GROUP": 8}
-    blocks = [("right", [1, 1, 64, 1, 256]), ("dw", [1, 64, 64])]
+    blocks = [("right", [1, 1, 64, 256]), ("dw", [1, 64, 64])]
     check(
         compiled(_weight_gradient_kernel.jit, constants, blocks, (), ("left_stride", "right_stride", "N_OUT", "N_IN"))
     )
