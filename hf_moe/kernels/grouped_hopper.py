@@ -104,12 +104,11 @@ def _send(
     GATED: gl.constexpr, STORE_H: gl.constexpr, ACT: gl.constexpr, CLIP: gl.constexpr,
 ):  # fmt: skip
     """Store a part of a finished tile: 64 columns of y, or of h's gate, h's up, or a."""
-    dtype: gl.constexpr = staging.dtype
     c0, c1, c2 = wg.ragged(first, rows, 0)
     if GATED:
         HALF: gl.constexpr = PART // 3 if STORE_H else PART
         near, far = wg.halves(packed)
-        gate, up = wg.unpack(far if HALF == 1 else near, dtype)
+        gate, up = wg.unpack(far if HALF == 1 else near)
         at = column + 64 * HALF
         if STORE_H and PART % 3 == 0:
             wg.store(y, [c0, c1, c2, 0, at], wg.stage_out(gate, staging, slot, WG))
@@ -121,7 +120,7 @@ def _send(
             value = _gate(gate.to(gl.float32), up.to(gl.float32), alpha, limit, up_offset, ACT, CLIP)
             wg.store(a, [c0, c1, c2, 0, at], wg.stage_out(value, staging, slot, WG))
     else:
-        value = wg.quarter(packed, PART, dtype)
+        value = wg.quarter(packed, PART)
         wg.store(y, [c0, c1, c2, 0, column + 64 * PART], wg.stage_out(value, staging, slot, WG))
     return (slot + 1) % SLOTS
 
@@ -135,13 +134,12 @@ def _multiply(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     WIDTH: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
     PARTS: gl.constexpr = (6 if STORE_H else 2) if GATED else 4
-    dtype: gl.constexpr = left.dtype
     tiles = gl.load(tile_ptr + 3 * capacity)
     begin, jump = gl.program_id(0), gl.num_programs(0)
     next_column, _, next_first, next_last = _look_up(tile_ptr, capacity, begin, tiles, columns, WIDTH, GROUP)
     stage, phase, slot = 0, 0, 0
     # The tile that waits to be stored; at first one without rows.
-    packed = wg.pack(gl.zeros([64, COLUMNS], gl.float32, LAYOUT), dtype)
+    packed = wg.pack(gl.zeros([64, COLUMNS], gl.float32, LAYOUT))
     done_first, done_rows, done_column = 0, 0, 0
     for work in range(begin, tiles * columns, jump):
         column, first, rows = next_column, next_first + 64 * WG, next_last - next_first - 64 * WG
@@ -168,7 +166,7 @@ def _multiply(
                 stage, phase = wg.following(stage, phase)
             total = warpgroup_mma_wait(0, deps=[total])
             wg.give_back(empty, before)
-            packed = wg.pack(total, dtype)
+            packed = wg.pack(total)
             done_first, done_rows, done_column = first, rows, column
         else:
             for _ in range(0, N_IN, BK):
@@ -227,7 +225,7 @@ def suits(
     x: Tensor, weight_EOI: Tensor, tile: Tile, *, gating: Gating | None = None, bias: Tensor | None = None,
     adapter: object = None,
 ) -> bool:  # fmt: skip
-    """Whether the kernel takes these: a tile that asks for it, 16-bit operands that the copy engine can describe.
+    """Whether the kernel takes these: a tile that asks for it, bfloat16 that the copy engine can describe.
 
     I is a multiple of 64, from 384 to SPECIALIZED_DEPTH. Gate and up are halves of the weight's rows. No bias, adapter.
     """

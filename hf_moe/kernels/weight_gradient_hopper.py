@@ -72,7 +72,7 @@ def _copy(
 @gluon.jit
 def _send(PART: gl.constexpr, packed, dw, expert, out, column, staging, slot, WG: gl.constexpr):
     """Store a quarter of a finished tile."""
-    value = wg.quarter(packed, PART, staging.dtype)
+    value = wg.quarter(packed, PART)
     wg.store(dw, [expert, out, column + 64 * PART], wg.stage_out(value, staging, slot, WG))
     return (slot + 1) % SLOTS
 
@@ -83,10 +83,9 @@ def _multiply(
     GATHER: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    dtype: gl.constexpr = staging.dtype
     stage, phase, slot = 0, 0, 0
     # The tile that waits to be stored; at first one of no expert.
-    packed = wg.pack(gl.zeros([64, COLUMNS], gl.float32, LAYOUT), dtype)
+    packed = wg.pack(gl.zeros([64, COLUMNS], gl.float32, LAYOUT))
     done_expert, done_out, done_column = E, 0, 0
     for work in range(gl.program_id(0), E * out_tiles * in_tiles, gl.num_programs(0)):
         expert, out, column = _block_of(work, E, out_tiles, in_tiles, 128, COLUMNS, GROUP)
@@ -120,7 +119,7 @@ def _multiply(
                 total = warpgroup_mma_wait(0, deps=[total])
                 wg.give_back(empty, stage)
                 stage, phase = wg.following(stage, phase)
-        packed = wg.pack(total, dtype)
+        packed = wg.pack(total)
         done_expert, done_out, done_column = expert, out + 64 * WG, column
     for part in gl.static_range(4):
         slot = _send(part, packed, dw, done_expert, done_out, done_column, staging, slot, WG)
@@ -175,7 +174,7 @@ def _weight_gradient_kernel(
 
 
 def suits(left: Tensor, right: Tensor, tile: Tile) -> bool:
-    """Whether the kernel takes these: a tile that asks for it, 16-bit operands that the copy engine can describe."""
+    """Whether the kernel takes these: a tile that asks for it, bfloat16 that the copy engine can describe."""
     if not wg.asked_for(tile, left) or left.stride(0) % 16 or right.stride(0) % 16:
         return False
     return can_describe(left) and can_describe(right)
