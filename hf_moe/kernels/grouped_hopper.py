@@ -14,7 +14,7 @@ from .gating import Gating, gate_forward
 from .launching import launched
 from .routing import Routing
 from .tile_order import tile_of
-from .tuning import SHALLOW, SPECIALIZED_DEPTH, Tile, cdiv
+from .tuning import SPECIALIZED_DEPTH, Tile, cdiv
 from .warpgroups import BK, COLUMNS, SLOTS, STAGES
 
 _tile_of = gluon.jit(tile_of.fn)
@@ -43,7 +43,7 @@ def _routes(row_ptr, first, last, ROWS: gl.constexpr):
 @gluon.jit
 def _copy(
     x, w, row_ptr, tile_ptr, left, right, full, empty, capacity, N_IN, columns, x_stride, PER_TOKEN,
-    GATED: gl.constexpr, IN_FIRST: gl.constexpr, GATHER: gl.constexpr, LEAST: gl.constexpr, GROUP: gl.constexpr,
+    GATED: gl.constexpr, IN_FIRST: gl.constexpr, GATHER: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
     RIGHT: gl.constexpr = 2 * COLUMNS * BK
@@ -68,7 +68,7 @@ def _copy(
             x_near = x + (near // PER_TOKEN).to(gl.int64)[:, None] * x_stride + c
             x_far = x + (far // PER_TOKEN).to(gl.int64)[:, None] * x_stride + c
             near, far = _routes(row_ptr, next_first, next_last, ROWS)
-        both = last - first > LEAST + 64
+        both = last - first > 64
         for k in range(0, N_IN, BK):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
@@ -129,7 +129,7 @@ def _send(
 def _multiply(
     y, a, tile_ptr, left, right, full, empty, open_, staging, alphas, capacity, N_IN, columns, limit, up_offset,
     WG: gl.constexpr, GATED: gl.constexpr, STORE_H: gl.constexpr, IN_FIRST: gl.constexpr, GATHER: gl.constexpr,
-    ACT: gl.constexpr, CLIP: gl.constexpr, LEAST: gl.constexpr, GROUP: gl.constexpr,
+    ACT: gl.constexpr, CLIP: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     WIDTH: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
@@ -144,7 +144,7 @@ def _multiply(
     for work in range(begin, tiles * columns, jump):
         column, first, rows = next_column, next_first + 64 * WG, next_last - next_first - 64 * WG
         next_column, _, next_first, next_last = _look_up(tile_ptr, capacity, work + jump, tiles, columns, WIDTH, GROUP)
-        if rows > LEAST:
+        if rows > 0:
             total = gl.zeros([64, COLUMNS], gl.float32, LAYOUT)
             before = stage
             for part in gl.static_range(PARTS):
@@ -184,7 +184,7 @@ def _multiply(
 def _grouped_kernel(
     x, w, y, a, row_ptr, tile_ptr, capacity, N_IN, columns, x_stride, alpha, limit, up_offset, PER_TOKEN,
     GATED: gl.constexpr, STORE_H: gl.constexpr, IN_FIRST: gl.constexpr, GATHER: gl.constexpr, ACT: gl.constexpr,
-    CLIP: gl.constexpr, LEAST: gl.constexpr, GROUP: gl.constexpr,
+    CLIP: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = w.dtype
     left = gl.allocate_shared_memory(dtype, [STAGES * 2, 64, BK], gl.NVMMASharedLayout(128, 16))
@@ -205,15 +205,15 @@ def _grouped_kernel(
         [
             (_multiply, (
                 y, a, tile_ptr, left, right, full, empty, open_, staging, alphas, capacity, N_IN, columns, limit,
-                up_offset, 0, GATED, STORE_H, IN_FIRST, GATHER, ACT, CLIP, LEAST, GROUP,
+                up_offset, 0, GATED, STORE_H, IN_FIRST, GATHER, ACT, CLIP, GROUP,
             )),
             (_multiply, (
                 y, a, tile_ptr, left, right, full, empty, open_, staging, alphas, capacity, N_IN, columns, limit,
-                up_offset, 1, GATED, STORE_H, IN_FIRST, GATHER, ACT, CLIP, LEAST, GROUP,
+                up_offset, 1, GATED, STORE_H, IN_FIRST, GATHER, ACT, CLIP, GROUP,
             )),
             (_copy, (
                 x, w, row_ptr, tile_ptr, left, right, full, empty, capacity, N_IN, columns, x_stride, PER_TOKEN,
-                GATED, IN_FIRST, GATHER, LEAST, GROUP,
+                GATED, IN_FIRST, GATHER, GROUP,
             )),
         ],
         [4, 4 if GATHER else 1],
@@ -264,5 +264,5 @@ def product(
         y_out or a_out, a_out, routing.row_N, routing.tile, routing.capacity, n_in, columns, x.stride(0), gate.alpha,
         gate.limit if gate.limit is not None else 0.0, gate.up_offset, per_token or 1,
         gating is not None, gating is not None and y is not None, in_first, per_token is not None, gate.act,
-        gate.limit is not None, 0 if n_in <= SHALLOW else -64, tile.group, num_warps=4, maxnreg=168,
+        gate.limit is not None, tile.group, num_warps=4, maxnreg=168,
     )  # fmt: skip
