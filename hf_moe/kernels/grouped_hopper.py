@@ -14,7 +14,7 @@ from .gating import Gating, gate_forward
 from .launching import launched
 from .routing import Routing
 from .tile_order import tile_of
-from .tuning import SHALLOW, SPECIALIZED_DEPTH, Tile, cdiv
+from .tuning import SPECIALIZED_DEPTH, Tile, cdiv
 from .warpgroups import BK, COLUMNS, SLOTS, STAGES
 
 _tile_of = gluon.jit(tile_of.fn)
@@ -43,7 +43,7 @@ def _routes(row_ptr, first, last, ROWS: gl.constexpr):
 @gluon.jit
 def _copy(
     x, w, row_ptr, tile_ptr, left, right, full, empty, capacity, N_IN, columns, x_stride, PER_TOKEN,
-    GATED: gl.constexpr, IN_FIRST: gl.constexpr, GATHER: gl.constexpr, LEAST: gl.constexpr, GROUP: gl.constexpr,
+    GATED: gl.constexpr, IN_FIRST: gl.constexpr, GATHER: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
     RIGHT: gl.constexpr = 2 * COLUMNS * BK
@@ -68,7 +68,7 @@ def _copy(
             x_near = x + (near // PER_TOKEN).to(gl.int64)[:, None] * x_stride + c
             x_far = x + (far // PER_TOKEN).to(gl.int64)[:, None] * x_stride + c
             near, far = _routes(row_ptr, next_first, next_last, ROWS)
-        both = last - first > LEAST + 64
+        both = last - first > 64
         for k in range(0, N_IN, BK):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
@@ -104,12 +104,11 @@ def _send(
     GATED: gl.constexpr, STORE_H: gl.constexpr, ACT: gl.constexpr, CLIP: gl.constexpr,
 ):  # fmt: skip
     """Store a part of a finished tile: 64 columns of y, or of h's gate, h's up, or a."""
-    dtype: gl.constexpr = staging.dtype
     c0, c1, c2 = wg.ragged(first, rows, 0)
     if GATED:
         HALF: gl.constexpr = PART // 3 if STORE_H else PART
         near, far = wg.halves(packed)
-        gate, up = wg.unpack(far if HALF == 1 else near, dtype)
+        gate, up = wg.unpack(far if HALF == 1 else near)
         at = column + 64 * HALF
         if STORE_H and PART % 3 == 0:
             wg.store(y, [c0, c1, c2, 0, at], wg.stage_out(gate, staging, slot, WG))
@@ -121,7 +120,7 @@ def _send(
             value = _gate(gate.to(gl.float32), up.to(gl.float32), alpha, limit, up_offset, ACT, CLIP)
             wg.store(a, [c0, c1, c2, 0, at], wg.stage_out(value, staging, slot, WG))
     else:
-        value = wg.quarter(packed, PART, dtype)
+        value = wg.quarter(packed, PART)
         wg.store(y, [c0, c1, c2, 0, column + 64 * PART], wg.stage_out(value, staging, slot, WG))
     return (slot + 1) % SLOTS
 
@@ -130,42 +129,44 @@ def _send(
 def _multiply(
     y, a, tile_ptr, left, right, full, empty, open_, staging, alphas, capacity, N_IN, columns, limit, up_offset,
     WG: gl.constexpr, GATED: gl.constexpr, STORE_H: gl.constexpr, IN_FIRST: gl.constexpr, GATHER: gl.constexpr,
-    ACT: gl.constexpr, CLIP: gl.constexpr, LEAST: gl.constexpr, GROUP: gl.constexpr,
+    ACT: gl.constexpr, CLIP: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     WIDTH: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
     PARTS: gl.constexpr = (6 if STORE_H else 2) if GATED else 4
-    dtype: gl.constexpr = left.dtype
     tiles = gl.load(tile_ptr + 3 * capacity)
     begin, jump = gl.program_id(0), gl.num_programs(0)
     next_column, _, next_first, next_last = _look_up(tile_ptr, capacity, begin, tiles, columns, WIDTH, GROUP)
     stage, phase, slot = 0, 0, 0
     # The tile that waits to be stored; at first one without rows.
-    packed = wg.pack(gl.zeros([64, COLUMNS], gl.float32, LAYOUT), dtype)
+    packed = wg.pack(gl.zeros([64, COLUMNS], gl.float32, LAYOUT))
     done_first, done_rows, done_column = 0, 0, 0
     for work in range(begin, tiles * columns, jump):
         column, first, rows = next_column, next_first + 64 * WG, next_last - next_first - 64 * WG
         next_column, _, next_first, next_last = _look_up(tile_ptr, capacity, work + jump, tiles, columns, WIDTH, GROUP)
-        if rows > LEAST:
+        if rows > 0:
             total = gl.zeros([64, COLUMNS], gl.float32, LAYOUT)
+            before = stage
             for part in gl.static_range(PARTS):
                 total = wg.step(left, right, full, total, stage, phase, part == 0, WG, False, IN_FIRST, GATHER)
                 if part > 0:
-                    wg.give_back(empty, stage)
+                    wg.give_back(empty, before)
                 # Always open, but a loop: the compiler moves nothing from below to above the products.
                 mbarrier.wait(open_.index(0), 1)
                 slot = _send(
                     part, packed, y, a, done_first, done_rows, done_column, staging, slot, alphas, limit, up_offset,
                     WG, GATED, STORE_H, ACT, CLIP,
                 )  # fmt: skip
+                before = stage
                 stage, phase = wg.following(stage, phase)
             for _ in range(PARTS * BK, N_IN, BK):
                 total = wg.step(left, right, full, total, stage, phase, False, WG, False, IN_FIRST, GATHER)
-                wg.give_back(empty, stage)
+                wg.give_back(empty, before)
+                before = stage
                 stage, phase = wg.following(stage, phase)
             total = warpgroup_mma_wait(0, deps=[total])
-            wg.give_back(empty, stage)
-            packed = wg.pack(total, dtype)
+            wg.give_back(empty, before)
+            packed = wg.pack(total)
             done_first, done_rows, done_column = first, rows, column
         else:
             for _ in range(0, N_IN, BK):
@@ -183,7 +184,7 @@ def _multiply(
 def _grouped_kernel(
     x, w, y, a, row_ptr, tile_ptr, capacity, N_IN, columns, x_stride, alpha, limit, up_offset, PER_TOKEN,
     GATED: gl.constexpr, STORE_H: gl.constexpr, IN_FIRST: gl.constexpr, GATHER: gl.constexpr, ACT: gl.constexpr,
-    CLIP: gl.constexpr, LEAST: gl.constexpr, GROUP: gl.constexpr,
+    CLIP: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = w.dtype
     left = gl.allocate_shared_memory(dtype, [STAGES * 2, 64, BK], gl.NVMMASharedLayout(128, 16))
@@ -204,15 +205,15 @@ def _grouped_kernel(
         [
             (_multiply, (
                 y, a, tile_ptr, left, right, full, empty, open_, staging, alphas, capacity, N_IN, columns, limit,
-                up_offset, 0, GATED, STORE_H, IN_FIRST, GATHER, ACT, CLIP, LEAST, GROUP,
+                up_offset, 0, GATED, STORE_H, IN_FIRST, GATHER, ACT, CLIP, GROUP,
             )),
             (_multiply, (
                 y, a, tile_ptr, left, right, full, empty, open_, staging, alphas, capacity, N_IN, columns, limit,
-                up_offset, 1, GATED, STORE_H, IN_FIRST, GATHER, ACT, CLIP, LEAST, GROUP,
+                up_offset, 1, GATED, STORE_H, IN_FIRST, GATHER, ACT, CLIP, GROUP,
             )),
             (_copy, (
                 x, w, row_ptr, tile_ptr, left, right, full, empty, capacity, N_IN, columns, x_stride, PER_TOKEN,
-                GATED, IN_FIRST, GATHER, LEAST, GROUP,
+                GATED, IN_FIRST, GATHER, GROUP,
             )),
         ],
         [4, 4 if GATHER else 1],
@@ -224,7 +225,7 @@ def suits(
     x: Tensor, weight_EOI: Tensor, tile: Tile, *, gating: Gating | None = None, bias: Tensor | None = None,
     adapter: object = None,
 ) -> bool:  # fmt: skip
-    """Whether the kernel takes these: a tile that asks for it, 16-bit operands that the copy engine can describe.
+    """Whether the kernel takes these: a tile that asks for it, bfloat16 that the copy engine can describe.
 
     I is a multiple of 64, from 384 to SPECIALIZED_DEPTH. Gate and up are halves of the weight's rows. No bias, adapter.
     """
@@ -253,8 +254,8 @@ def product(
     if gating:
         sizes, strides = [E, 2, part, n_in], [strides[0], part * strides[1], strides[1], 1]
         block = [1, 2, 128, 64]
-    y_out = None if y is None else wg.ragged_descriptor(y, groups, [64, 64])
-    a_out = y_out if a is None else wg.ragged_descriptor(a, 1, [64, 64])
+    y_out = None if y is None else wg.ragged_descriptor(y, [64, 64], groups)
+    a_out = y_out if a is None else wg.ragged_descriptor(a, [64, 64], 1)
     columns = cdiv(part, 256 // groups)
     gate = gating or Gating()
     _grouped_kernel[(min(routing.max_tiles * columns, processors(x.device)),)](
@@ -263,5 +264,5 @@ def product(
         y_out or a_out, a_out, routing.row_N, routing.tile, routing.capacity, n_in, columns, x.stride(0), gate.alpha,
         gate.limit if gate.limit is not None else 0.0, gate.up_offset, per_token or 1,
         gating is not None, gating is not None and y is not None, in_first, per_token is not None, gate.act,
-        gate.limit is not None, 0 if n_in <= SHALLOW else -64, tile.group, num_warps=4, maxnreg=168,
+        gate.limit is not None, tile.group, num_warps=4, maxnreg=168,
     )  # fmt: skip

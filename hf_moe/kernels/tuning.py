@@ -149,7 +149,6 @@ def _at(table, rows: int):
 
 # The deepest sums of Hopper's own kernels. They skip the empty half of an expert's last tile, so programs drift apart,
 # and what they share must stay in L2: tiles of depth 2048 are 21 MB. Mixtral's down, 14336 deep: 637 TFLOP/s for 754.
-SHALLOW = 2816
 SPECIALIZED_DEPTH = 2816
 
 

@@ -195,7 +195,9 @@ def up_projection(
     h_NH = x.new_empty((N, n_h)) if store_h else None
     a_NF = x.new_empty((N, F)) if store_a else None
     in_first = weight_EHD.stride(2) != 1
-    if store_a and grouped_hopper.suits(x, weight_EHD, tile, gating=gating, bias=bias_EH, adapter=adapter):
+    # Copied rows without h have not been measured there.
+    measured = store_a and (store_h or per_token is not None)
+    if measured and grouped_hopper.suits(x, weight_EHD, tile, gating=gating, bias=bias_EH, adapter=adapter):
         grouped_hopper.product(x, weight_EHD, routing, tile, h_NH, a_NF, per_token=per_token, gating=gating)
         return h_NH, a_NF
     adapter = adapter and adapter.beside(in_first)

@@ -3,12 +3,13 @@
     copying warps     wait until a stage is empty  →  fill it  →  the copies themselves mark it full
     warpgroup 0, 1    wait until a stage is full  →  64 × 256 of its tile's product each  →  give it back
 
-A warpgroup rounds a finished tile to 16 bits, two numbers a register, begins the next tile at once, and stores the
+A warpgroup rounds a finished tile to bfloat16, two numbers a register, begins the next tile at once, and stores the
 finished one while the tensor cores work: its results cost them nothing but that rounding.
 
 `tl.dot` cannot say this: all warps multiply, and then all of them store.
 """
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -53,9 +54,9 @@ def following(stage, phase):
 
 @gluon.jit
 def give_back(empty, stage):
-    """Tell the copying warps that this warpgroup has read the stage before this one."""
+    """Tell the copying warps that this warpgroup has read a stage."""
     barrier()
-    mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
+    mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit
@@ -86,8 +87,7 @@ def step(
 def skip(full, empty, stage, phase):
     """Give back a stage without a look at it; the next stage and its phase."""
     mbarrier.wait(full.index(stage), phase)
-    barrier()
-    mbarrier.arrive(empty.index(stage), count=1)
+    give_back(empty, stage)
     return following(stage, phase)
 
 
@@ -99,30 +99,25 @@ def halves(value):
 
 
 @gluon.jit
-def pack(total, dtype: gl.constexpr):
-    """Columns c and c + 128, rounded to 16 bits, in one register."""
+def pack(total):
+    """Columns c and c + 128, rounded to bfloat16, in one register."""
     low, high = halves(total)
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
-        )
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
-def unpack(packed, dtype: gl.constexpr):
-    low = (packed & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
-    return low, (packed >> 16).to(gl.int16).to(dtype, bitcast=True)
+def unpack(packed):
+    low = (packed & 0xFFFF).to(gl.int16).to(gl.bfloat16, bitcast=True)
+    return low, (packed >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
 
 
 @gluon.jit
-def quarter(packed, PART: gl.constexpr, dtype: gl.constexpr):
+def quarter(packed, PART: gl.constexpr):
     """64 of the 256 columns."""
     near, far = halves(packed)
-    low, high = unpack(far if PART % 2 == 1 else near, dtype)
+    low, high = unpack(far if PART % 2 == 1 else near)
     return high if PART >= 2 else low
 
 
@@ -139,8 +134,8 @@ def stage_out(value, staging, slot, WG: gl.constexpr):
 
 
 def asked_for(tile: Tile, x: Tensor) -> bool:
-    """Whether a tile leaves the work to these kernels, and x has 16 bits."""
-    return tile.specialized and tile.m == 128 and x.element_size() == 2
+    """Whether a tile leaves the work to these kernels, and x is bfloat16: all that they have been run with."""
+    return tile.specialized and tile.m == 128 and x.dtype == torch.bfloat16
 
 
 def descriptor(x: Tensor, shape, strides, block: list[int]) -> TensorDescriptor:
@@ -149,11 +144,13 @@ def descriptor(x: Tensor, shape, strides, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(shape), list(strides), block, layout)
 
 
-def ragged_descriptor(x: Tensor, groups: int, block: list[int]) -> TensorDescriptor:
-    """Blocks of rows that end where an expert's rows end, and with the group that a column is in.
+def ragged_descriptor(x: Tensor, block: list[int], groups: int | None = None) -> TensorDescriptor:
+    """Blocks of rows that end where an expert's rows end; with groups of columns, a column's group comes before it.
 
     See triton.tools.ragged_tma: a row's address is the sum of three coordinates, of which the third stops at the end.
     """
-    row, part = x.stride(0), x.shape[1] // groups
-    shape, strides = [0x7FFF0000, 0x7FFF0000, 2**30, groups, part], [2**34 - row, row, row, part, 1]
-    return descriptor(x, shape, strides, [1, 1, block[0], 1, block[1]])
+    row, part = x.stride(0), x.shape[1] // (groups or 1)
+    shape, strides, box = [0x7FFF0000, 0x7FFF0000, 2**30, part], [2**34 - row, row, row, 1], [1, 1, *block]
+    if groups is not None:
+        shape[3:3], strides[3:3], box[3:3] = [groups], [part], [1]
+    return descriptor(x, shape, strides, box)

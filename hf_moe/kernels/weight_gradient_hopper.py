@@ -52,18 +52,18 @@ def _copy(
             bar = full.index(stage)
             mbarrier.expect(bar, LEFT + RIGHT)
             c0, c1, c2 = wg.ragged(first, last - first, at - first)
+            if not LEFT_GATHER:
+                wg.fetch(left, [c0, c1, c2, out], bar, left_tiles.index(stage * 2))
+                wg.fetch(left, [c0, c1, c2, out + 64], bar, left_tiles.index(stage * 2 + 1))
+            if not RIGHT_GATHER:
+                wg.fetch(right, [c0, c1, c2, column], bar, right_tiles.index(stage))
             if LEFT_GATHER:
                 rows = left + token * left_stride + c[None, :]
                 wg.gather(left_tiles.index(stage * 2), rows, mask=owned & (c < N_OUT)[None, :])
                 wg.gather(left_tiles.index(stage * 2 + 1), rows + 64, mask=owned & (c + 64 < N_OUT)[None, :])
-            else:
-                wg.fetch(left, [c0, c1, c2, 0, out], bar, left_tiles.index(stage * 2))
-                wg.fetch(left, [c0, c1, c2, 0, out + 64], bar, left_tiles.index(stage * 2 + 1))
             if RIGHT_GATHER:
                 rows = right + token * right_stride + c[None, :]
                 wg.gather(right_tiles.index(stage), rows, mask=owned & (c < N_IN)[None, :])
-            else:
-                wg.fetch(right, [c0, c1, c2, 0, column], bar, right_tiles.index(stage))
             if GATHER:
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = wg.following(stage, phase)
@@ -72,7 +72,7 @@ def _copy(
 @gluon.jit
 def _send(PART: gl.constexpr, packed, dw, expert, out, column, staging, slot, WG: gl.constexpr):
     """Store a quarter of a finished tile."""
-    value = wg.quarter(packed, PART, staging.dtype)
+    value = wg.quarter(packed, PART)
     wg.store(dw, [expert, out, column + 64 * PART], wg.stage_out(value, staging, slot, WG))
     return (slot + 1) % SLOTS
 
@@ -83,10 +83,9 @@ def _multiply(
     GATHER: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    dtype: gl.constexpr = staging.dtype
     stage, phase, slot = 0, 0, 0
     # The tile that waits to be stored; at first one of no expert.
-    packed = wg.pack(gl.zeros([64, COLUMNS], gl.float32, LAYOUT), dtype)
+    packed = wg.pack(gl.zeros([64, COLUMNS], gl.float32, LAYOUT))
     done_expert, done_out, done_column = E, 0, 0
     for work in range(gl.program_id(0), E * out_tiles * in_tiles, gl.num_programs(0)):
         expert, out, column = _block_of(work, E, out_tiles, in_tiles, 128, COLUMNS, GROUP)
@@ -94,20 +93,23 @@ def _multiply(
         last = gl.load(offset_ptr + expert + 1)
         total = gl.zeros([64, COLUMNS], gl.float32, LAYOUT)
         if last - first > 3 * BK:
+            before = stage
             for part in gl.static_range(4):
                 total = wg.step(left, right, full, total, stage, phase, part == 0, WG, True, True, GATHER)
                 if part > 0:
-                    wg.give_back(empty, stage)
+                    wg.give_back(empty, before)
                 # Always open, but a loop: the compiler moves nothing from below to above the products.
                 mbarrier.wait(open_.index(0), 1)
                 slot = _send(part, packed, dw, done_expert, done_out, done_column, staging, slot, WG)
+                before = stage
                 stage, phase = wg.following(stage, phase)
             for _ in range(first + 4 * BK, last, BK):
                 total = wg.step(left, right, full, total, stage, phase, False, WG, True, True, GATHER)
-                wg.give_back(empty, stage)
+                wg.give_back(empty, before)
+                before = stage
                 stage, phase = wg.following(stage, phase)
             total = warpgroup_mma_wait(0, deps=[total])
-            wg.give_back(empty, stage)
+            wg.give_back(empty, before)
         else:
             # Too few steps to hide stores behind. None is in flight where the branches meet, or all would be serial.
             for part in gl.static_range(4):
@@ -115,9 +117,9 @@ def _multiply(
             for _ in range(first, last, BK):
                 total = wg.step(left, right, full, total, stage, phase, False, WG, True, True, GATHER)
                 total = warpgroup_mma_wait(0, deps=[total])
-                stage, phase = wg.following(stage, phase)
                 wg.give_back(empty, stage)
-        packed = wg.pack(total, dtype)
+                stage, phase = wg.following(stage, phase)
+        packed = wg.pack(total)
         done_expert, done_out, done_column = expert, out + 64 * WG, column
     for part in gl.static_range(4):
         slot = _send(part, packed, dw, done_expert, done_out, done_column, staging, slot, WG)
@@ -172,7 +174,7 @@ def _weight_gradient_kernel(
 
 
 def suits(left: Tensor, right: Tensor, tile: Tile) -> bool:
-    """Whether the kernel takes these: a tile that asks for it, 16-bit operands that the copy engine can describe."""
+    """Whether the kernel takes these: a tile that asks for it, bfloat16 that the copy engine can describe."""
     if not wg.asked_for(tile, left) or left.stride(0) % 16 or right.stride(0) % 16:
         return False
     return can_describe(left) and can_describe(right)
@@ -186,8 +188,8 @@ def product(
     E, n_out, n_in = dw.shape
     out_tiles, in_tiles = cdiv(n_out, 128), cdiv(n_in, 256)
     _weight_gradient_kernel[(min(E * out_tiles * in_tiles, processors(left.device)),)](
-        left if left_per_token else wg.ragged_descriptor(left, 1, [64, 64]),
-        right if right_per_token else wg.ragged_descriptor(right, 1, [64, 256]),
+        left if left_per_token else wg.ragged_descriptor(left, [64, 64]),
+        right if right_per_token else wg.ragged_descriptor(right, [64, 256]),
         wg.descriptor(dw, dw.shape, dw.stride(), [1, 64, 64]), routing.row_N, routing.offset_E1, E, out_tiles, in_tiles,
         left.stride(0), right.stride(0), n_out, n_in, left_per_token or right_per_token or 1,
         left_per_token is not None, right_per_token is not None, tile.group,

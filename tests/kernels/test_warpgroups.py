@@ -49,7 +49,7 @@ def test_products_are_not_serialised():
     from hf_moe.kernels.grouped_hopper import _grouped_kernel
 
     constants = {"GATED": False, "STORE_H": False, "IN_FIRST": True, "GATHER": True}
-    constants |= {"ACT": "swish", "CLIP": False, "LEAST": 0, "GROUP": 8}
+    constants |= {"ACT": "swish", "CLIP": False, "GROUP": 8}
     out = [1, 1, 64, 1, 64]
     blocks = [("w", [1, 64, 256]), ("y", out), ("a", out)]
     check(compiled(_grouped_kernel.jit, constants, blocks, ("alpha", "limit", "up_offset"), ("N_IN", "x_stride")))
@@ -59,7 +59,7 @@ def test_products_of_a_weight_gradient_are_not_serialised():
     from hf_moe.kernels.weight_gradient_hopper import _weight_gradient_kernel
 
     constants = {"LEFT_GATHER": True, "RIGHT_GATHER": False, "GROUP": 8}
-    blocks = [("right", [1, 1, 64, 1, 256]), ("dw", [1, 64, 64])]
+    blocks = [("right", [1, 1, 64, 256]), ("dw", [1, 64, 64])]
     check(
         compiled(_weight_gradient_kernel.jit, constants, blocks, (), ("left_stride", "right_stride", "N_OUT", "N_IN"))
     )
