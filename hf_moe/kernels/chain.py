@@ -4,11 +4,11 @@ A kernel calls `follow` before its first read, and the host launches it with `la
 libraries launch in between waits for all that came before.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
+
+from .tuning import nvidia_generation
 
 
 @triton.jit
@@ -31,7 +31,6 @@ def prefetch(pointers, mask, fallback):
     )  # fmt: skip
 
 
-@functools.cache
 def chains(device: torch.device) -> bool:
     """Whether launches on this device can overlap so: Hopper and later."""
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
+    return nvidia_generation(device) >= 9

@@ -6,7 +6,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tuning import Tile
+from .tuning import Tile, nvidia_generation
 
 
 @functools.cache
@@ -19,7 +19,7 @@ def processors(device: torch.device) -> int:
 def has_copy_engine(device: torch.device) -> bool:
     """Hopper or newer; the interpreter plays it."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).major >= 9
+        return nvidia_generation(device) >= 9
     return bool(triton.knobs.runtime.interpret)
 
 

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .descriptors import can_describe
-from .tuning import cdiv, power_of_2
+from .tuning import cdiv, nvidia_generation, power_of_2
 
 # Triton 3.6 has names of its own for these.
 _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -248,7 +248,7 @@ def suits(q_latent: Tensor | None, q_rot_rows: Tensor, latent: Tensor, k_rot: Te
     """Whether the kernel takes these: 16-bit, at most 512 and 128 wide in steps of 8, no mask by head or query."""
     if q_latent is None or latent.dtype not in (torch.bfloat16, torch.float16) or latent.device.type != "cuda":
         return False
-    if torch.cuda.get_device_capability(latent.device)[0] != 9:
+    if nvidia_generation(latent.device) != 9:
         return False
     if not q_latent.dtype == q_rot_rows.dtype == k_rot.dtype == latent.dtype:
         return False

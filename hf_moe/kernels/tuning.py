@@ -84,6 +84,14 @@ def is_small_batch(n_tokens: int, n_routes: int, n_experts: int) -> bool:
     return n_tokens <= 128 and n_routes <= 8 * n_experts
 
 
+@functools.cache
+def nvidia_generation(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA GPU, 9 for Hopper; 0 elsewhere, as AMD's numbers mean something else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
 @functools.lru_cache(maxsize=256)
 def single_rows_tile(device: torch.device, dtype: torch.dtype, choices: int) -> Tile:
     """The tile of a product of single rows, of which each sums this many choices."""
@@ -98,7 +106,7 @@ def small_batch_tile(device: torch.device, dtype: torch.dtype) -> Tile:
     """The tile of a layer of few tokens, expert by expert."""
     if device.type != "cuda":
         return Tile(16, 64, 64, 4, 2)
-    if dtype == torch.float32 or torch.cuda.get_device_capability(device)[0] != 9:
+    if dtype == torch.float32 or nvidia_generation(device) != 9:
         return Tile(16, 64, 64, 4, 3)
     return _SMALL_BATCH
 
@@ -121,7 +129,7 @@ def user_table() -> Path:
 @functools.cache
 def _tables(device: torch.device) -> dict[str, dict[int, Tile]]:
     """The tiles of a GPU: ours for its generation, and over them what `tune` found on this machine."""
-    ours = HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else dict.fromkeys(HOPPER, _ANY)
+    ours = HOPPER if nvidia_generation(device) == 9 else dict.fromkeys(HOPPER, _ANY)
     path = user_table()
     if not path.is_file():
         return ours

@@ -151,3 +151,12 @@ def test_what_stays_unsorted_is_few_tokens_with_few_routes_an_expert():
     assert tuning.is_small_batch(128, 128 * 8, 128)
     assert not tuning.is_small_batch(129, 129 * 8, 256)
     assert not tuning.is_small_batch(64, 64 * 2, 8)
+
+
+def test_amd_is_not_taken_for_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    generation = tuning.nvidia_generation.__wrapped__
+    assert generation(torch.device("cuda")) == 9
+    assert generation(torch.device("cpu")) == 0
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert generation(torch.device("cuda")) == 0
