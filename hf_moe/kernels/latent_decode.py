@@ -15,7 +15,7 @@ from . import latent_hopper
 from .chain import chains, follow
 from .descriptors import dense_rows, dot_precision, has_copy_engine, processors
 from .latent_join import join, values
-from .tuning import cdiv, power_of_2
+from .tuning import cdiv, nvidia_generation, power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -157,8 +157,9 @@ class Tile(NamedTuple):
 
 def choose(R: int, bytes_wide: int, tokens: int, device: torch.device) -> Tile:
     """The tile for R rows that share keys, a latent of so many bytes, and so many tokens in all sequences."""
-    if R > 16 and bytes_wide <= 1024 and has_copy_engine(device):
-        return Tile(64, 64, 8, 2)  # 221 KiB of shared memory, as Hopper has it
+    # 221 KiB of shared memory, as Hopper and Blackwell have it in data centres, and the interpreter.
+    if R > 16 and bytes_wide <= 1024 and has_copy_engine(device) and nvidia_generation(device) in (0, 9, 10):
+        return Tile(64, 64, 8, 2)
     fit = max(16, 65536 // bytes_wide)
     if tokens < _FEW_TOKENS:
         return Tile(16, min(16 if tokens <= 2048 else 32, fit), 4, 2)

@@ -86,7 +86,7 @@ def is_small_batch(n_tokens: int, n_routes: int, n_experts: int) -> bool:
 
 @functools.cache
 def nvidia_generation(device: torch.device) -> int:
-    """The major compute capability of an NVIDIA GPU, 9 for Hopper; 0 elsewhere, as AMD's numbers mean something else."""
+    """The major compute capability of an NVIDIA GPU, 9 for Hopper; 0 elsewhere, for AMD's numbers mean other things."""
     if device.type != "cuda" or torch.version.hip is not None:
         return 0
     return torch.cuda.get_device_capability(device)[0]
