@@ -19,7 +19,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -27,10 +26,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .descriptors import can_describe
 from .tuning import cdiv, nvidia_generation, power_of_2
+from .warpgroups import barrier, fetch
 
-# Triton 3.6 has names of its own for these.
-_fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 LOG2_E = gl.constexpr(1.4426950408889634)
 BLOCK = gl.constexpr(64)  # rows, and tokens
 
@@ -47,18 +44,18 @@ def _copy(
     HALF: gl.constexpr = WIDE // 2
     PARTS: gl.constexpr = q_rotary.shape[1] + WIDE
     mbarrier.expect(asked.index(0), 2 * BLOCK * PARTS)
-    _fetch(q_rot, [row, 0], asked.index(0), q_rotary)
-    _fetch(q_latent, [row, 0], asked.index(0), q_left)
-    _fetch(q_latent, [row, HALF], asked.index(0), q_right)
+    fetch(q_rot, [row, 0], asked.index(0), q_rotary)
+    fetch(q_latent, [row, 0], asked.index(0), q_left)
+    fetch(q_latent, [row, HALF], asked.index(0), q_right)
     for tile in range(first, last):
         stage = (tile - first) % STAGES
         mbarrier.wait(empty.index(stage), (((tile - first) // STAGES) & 1) ^ 1)
         bar = full.index(stage)
         at = low + tile * BLOCK
         mbarrier.expect(bar, 2 * BLOCK * PARTS)
-        _fetch(k_rot, [b, at, g * P], bar, rotary.index(stage))
-        _fetch(latent, [b, at, 0], bar, left.index(stage))
-        _fetch(latent, [b, at, HALF], bar, right.index(stage))
+        fetch(k_rot, [b, at, g * P], bar, rotary.index(stage))
+        fetch(latent, [b, at, 0], bar, left.index(stage))
+        fetch(latent, [b, at, HALF], bar, right.index(stage))
 
 
 @gluon.jit
@@ -96,7 +93,7 @@ def _right(
         sums = sums * shrinks.load(ROWS)[:, None]
         sums = warpgroup_mma(weights, right.index(stage).reshape([BLOCK, HALF]), sums, is_async=True)
         sums = warpgroup_mma_wait(0, deps=[sums])
-        _barrier()
+        barrier()
         mbarrier.arrive(taken.index(0), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
     mbarrier.wait(passed.index(0), (last - first) & 1)
@@ -164,18 +161,18 @@ def _scores_and_left(
         weights.store(weight.to(weights.dtype))
         shrinks.store(shrink)
         fence_async_shared()
-        _barrier()
+        barrier()
         mbarrier.arrive(passed.index(0), count=1)
         sums = sums * gl.convert_layout(shrink, ROWS)[:, None]
         sums = warpgroup_mma(weights, left_tile, sums, is_async=True)
         # Waiting here and not in the next tile: in flight across the loop's edge, the compiler would serialise them.
         sums = warpgroup_mma_wait(0, deps=[sums])
-        _barrier()
+        barrier()
         mbarrier.arrive(empty.index(stage), count=1)
     divisor = gl.where(total > 0, total, 1.0)
     mbarrier.wait(taken.index(0), ((last - first) & 1) ^ 1)
     shrinks.store(divisor)
-    _barrier()
+    barrier()
     mbarrier.arrive(passed.index(0), count=1)
     if not DIRECT:
         gl.store(log_ptr + (row + r) * N + split, top + gl.log2(divisor), mask=r < rows)

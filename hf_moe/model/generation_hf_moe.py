@@ -44,9 +44,10 @@ class CapturedGeneration:
     """
 
     def free_generation_memory(self: Any) -> None:
-        """Free the cache and the graph that `generate` keeps for its next call, at most a sixteenth of a GPU's memory.
+        """Free the cache and the graph that `generate` keeps for its next call.
 
-        `train()`, and moving the model or changing its dtype, do so too.
+        The cache takes at most a sixteenth of a GPU's memory, the graph as much as one step. `train()`, and moving the
+        model or changing its dtype, free them too.
         """
         forget(self)
 
@@ -67,7 +68,10 @@ class CapturedGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        if model_kwargs.get("past_key_values") is None and self._may_be_static(generation_config, generation_mode):
+        past = model_kwargs.get("past_key_values")
+        if isinstance(past, ReplayedCache) and past.length < max_cache_length:
+            past.make_room(self.config, rounded(max_cache_length))
+        if past is None and self._may_be_static(generation_config, generation_mode):
             sequences = batch_size * generation_config.num_return_sequences
             length = max(max_cache_length, generation_config.max_cache_len or 0)
             made_for = circumstances(self, sequences)

@@ -112,16 +112,24 @@ def _fuse_saved_experts(module: Any, state_dict: dict[str, torch.Tensor], prefix
     """
     if isinstance(module.down_proj, DTensor):
         return
-    width, fused = module.intermediate_dim, {}
-    for expert in range(module.num_experts):
-        for name, rows in (("gate_proj", slice(width)), ("up_proj", slice(width, None)), ("down_proj", slice(None))):
-            weight = state_dict.pop(f"{prefix}{expert}.{name}.weight", None)
-            if weight is not None:
-                whole = "down_proj" if name == "down_proj" else "gate_up_proj"
-                if whole not in fused:
-                    fused[whole] = getattr(module, whole).detach().clone()
-                fused[whole][expert, rows].copy_(weight)
-    state_dict.update({prefix + name: weight for name, weight in fused.items()})
+    gate, up = slice(module.intermediate_dim), slice(module.intermediate_dim, None)
+    for whole, parts in (
+        ("gate_up_proj", {"gate_proj": gate, "up_proj": up}),
+        ("down_proj", {"down_proj": slice(None)}),
+    ):
+        names = [
+            (e, rows, f"{prefix}{e}.{part}.weight") for e in range(module.num_experts) for part, rows in parts.items()
+        ]
+        found = [(expert, rows, state_dict.pop(name)) for expert, rows, name in names if name in state_dict]
+        held = getattr(module, whole).detach()
+        # What a module on the meta device lacks stays missing.
+        if not found or (held.is_meta and len(found) < len(names)):
+            continue
+        first = found[0][2]
+        fused = torch.empty_like(held, device=first.device, dtype=first.dtype) if held.is_meta else held.clone()
+        for expert, rows, weight in found:
+            fused[expert, rows].copy_(weight)
+        state_dict[prefix + whole] = fused
 
 
 class HfMoeSparseMoeBlock(nn.Module):
@@ -455,10 +463,17 @@ class HfMoeForCausalLM(CapturedGeneration, LatentBatching, HfMoePreTrainedModel,
         auxiliary losses, weighted by tokens, and not their sum. (The load of each micro-batch is balanced by itself.)
 
         Raises:
-            ValueError: the router trains, but reentrant checkpointing cut its losses off.
+            ValueError: the router trains, but reentrant checkpointing cut its losses off, or Trainer computes the loss.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        # Trainer passes both, unless something else computes the loss from the logits.
+        is_without_labels = labels is None and kwargs.get("num_items_in_batch") is not None
+        if is_without_labels and self.training and self._has_auxiliary_loss():
+            raise ValueError(
+                "label smoothing, or a loss function of your own, takes the labels away, and the router's losses with "
+                "them; set the router's loss coefficients to 0 to train without these"
+            )
         add_auxiliary = labels is not None and self.training and self._has_auxiliary_loss()
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -484,7 +499,9 @@ class HfMoeForCausalLM(CapturedGeneration, LatentBatching, HfMoePreTrainedModel,
                 loss_function = FUSED.get("causal_lm_loss", loss_function)
             loss = loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if outputs.router_logits and (add_auxiliary or output_router_logits):
-            routers = [m for m in self.model.modules() if isinstance(m, HfMoeTopkRouter)]
+            # By their place: peft keeps a trained router's original beside it.
+            mixtures = [getattr(layer, "mlp", None) for layer in self.model.layers]
+            routers = [mlp.gate for mlp in mixtures if isinstance(mlp, HfMoeSparseMoeBlock)]
             batch_size = outputs.last_hidden_state.shape[0]
             aux_loss = auxiliary_loss(self.config, routers, outputs.router_logits, batch_size, attention_mask)
             if labels is not None and add_auxiliary:

@@ -115,6 +115,8 @@ class ReplayedCache(StaticCache):
         made_for: what the step depends on, see `kept_hf_moe.circumstances`.
     """
 
+    layers: list[Any]
+
     def __init__(self, config: HfMoeConfig, length: int):
         super().__init__(config=config, max_cache_len=length)
         for index, layer in enumerate(self.layers):
@@ -123,6 +125,21 @@ class ReplayedCache(StaticCache):
         self.length = length
         self.step: Any = None
         self.made_for: tuple | None = None
+
+    def make_room(self, config: HfMoeConfig, length: int) -> None:
+        """Hold up to this many tokens, with those that it has. Its slots move, which no captured step would follow."""
+        larger = ReplayedCache(config, length)
+        for old, new in zip(self.layers, larger.layers, strict=True):
+            if old.keys is None:
+                continue
+            new.lazy_initialization(old.keys, old.values)
+            new.keys[:, :, : old.keys.shape[2]].copy_(old.keys)
+            new.values[:, :, : old.values.shape[2]].copy_(old.values)
+            new.cumulative_length.copy_(old.cumulative_length)
+            new.is_initialized = old.is_initialized
+            if type(old) is StaticSlidingWindowLayer:
+                new.cumulative_length_int = old.cumulative_length_int
+        self.layers, self.length, self.step = larger.layers, length, None
 
     @property
     def nbytes(self) -> int:

@@ -239,3 +239,16 @@ def test_threads_do_not_share_it(recorder):
     for thread in threads:
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_returned_cache_grows_with_its_conversation(variant, recorder):
+    model, ids = tiny_model(variant), random_ids(1, 9)
+    longer = torch.cat((greedy(model, ids), random_ids(1, rounded(1))), dim=1)
+    expected = greedy(model, longer, max_new_tokens=30)
+    recorder.on()
+    cache = greedy(model, ids, return_dict_in_generate=True).past_key_values
+    assert cache.length < longer.shape[1]
+    found = greedy(model, longer, max_new_tokens=30, past_key_values=cache, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, expected)
+    assert found.past_key_values is cache
+    assert recorder.replays == 6 + 28

@@ -82,3 +82,26 @@ def test_trainer_brings_back_its_best_checkpoint(name, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0])
     best = HfMoeForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
     assert all(weight.equal(best.state_dict()[name]) for name, weight in trainer.model.state_dict().items())
+
+
+def test_separate_experts_are_assigned_to_a_model_without_memory():
+    model = tiny_model()
+    saved, down = {}, {}
+    for name, weight in model.state_dict().items():
+        prefix, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for expert, rows in enumerate(weight):
+                saved[f"{prefix}.{expert}.gate_proj.weight"], saved[f"{prefix}.{expert}.up_proj.weight"] = rows.chunk(2)
+        elif last == "down_proj" and weight.dim() == 3:
+            down |= {f"{prefix}.{expert}.down_proj.weight": rows for expert, rows in enumerate(weight)}
+        else:
+            saved[name] = weight
+    with torch.device("meta"):
+        empty = HfMoeForCausalLM(model.config)
+    empty.load_state_dict(saved | down, assign=True)
+    assert all(weight.equal(model.state_dict()[name]) for name, weight in empty.state_dict().items())
+    with torch.device("meta"):
+        empty = HfMoeForCausalLM(model.config)
+    down.pop(next(iter(down)))
+    with pytest.raises(RuntimeError, match=r"Missing.*experts\.down_proj"):
+        empty.load_state_dict(saved | down, assign=True)

@@ -208,3 +208,28 @@ def test_a_trainer_that_asks_the_base_model_for_router_logits_computes_all_losse
     else:
         with pytest.raises(ValueError, match=message):
             model.model(ids, output_router_logits=True)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+def test_a_router_that_peft_trains_beside_its_original():
+    from peft import LoraConfig, get_peft_model
+
+    ids, found = random_ids(2, 9), {}
+    for targets in ([], ["gate"]):
+        model = tiny_model(router_aux_loss_coef=0.5)
+        config = LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=targets)
+        found[bool(targets)] = get_peft_model(model, config).train()(ids, labels=ids).loss
+    torch.testing.assert_close(found[True], found[False])
+    found[True].backward()
+    (gate,) = model.model.layers[-1].mlp.gate.modules_to_save.children()
+    assert gate.weight.grad.any()
+
+
+def test_labels_that_somebody_takes_away_take_the_routers_losses_with_them():
+    ids, count = random_ids(2, 9), torch.tensor(16)
+    with pytest.raises(ValueError, match="label smoothing"):
+        tiny_model(router_aux_loss_coef=0.5).train()(ids, num_items_in_batch=count)
+    tiny_model(router_aux_loss_coef=0.0, router_seq_aux_loss_coef=0.0, router_z_loss_coef=0.0).train()(
+        ids, num_items_in_batch=count
+    )
+    tiny_model(router_aux_loss_coef=0.5).eval()(ids, num_items_in_batch=count)
