@@ -164,9 +164,11 @@ def build(
             advance(sum(len(shard.header) for shard in plan.shards))
             write_weights(plan, source, partial, journal, advance)
         finish(plan, partial, journal)
-        (partial / JOURNAL_NAME).unlink()
         _sync_folder(partial)
+        # Only then the journal: killed between the two, the model is whole, with a file more than it needs. The other
+        # way round, nobody could tell the folder that is left from one that was never ours.
         os.rename(partial, target)
+        (target / JOURNAL_NAME).unlink()
         _sync_folder(target.parent)
     except ValueError:
         # The source or the choice is at fault: no later run could go on from here.

@@ -1,13 +1,17 @@
 """Fifty processes killed at random: the target is never there in part, and the last run's bytes are the same."""
 
+import os
 import subprocess
 import sys
 
+import pytest
 from dense import save_dense
+
+from hf_moe.upcycling import upcycle, verify
 
 # Forked from one process that has everything imported, so that a run takes as long as its work.
 SCRIPT = """
-import hashlib, os, random, shutil, signal, sys, time
+import hashlib, os, random, shutil, signal, sys, time, traceback
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -21,8 +25,10 @@ def start():
     if child == 0:
         try:
             upcycle(source, target, **choices)
-        finally:
-            os._exit(int(sys.exc_info()[0] is not None))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     return child
 
 def whole():
@@ -68,3 +74,25 @@ def test_killed_at_random(tmp_path):
     assert kills >= 50
     # The kills fell into different places of the conversion, not all before or after it.
     assert places >= 5
+
+
+@pytest.mark.parametrize("revealed", [False, True])
+def test_killed_at_the_last_step(tmp_path, monkeypatch, revealed):
+    source = save_dense(tmp_path / "dense")
+    choices = {"experts": 3, "top_k": 2, "progress": False}
+    rename = os.rename
+
+    def killed(old, new):
+        if revealed:
+            rename(old, new)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle(source, tmp_path / "moe", **choices)
+    monkeypatch.undo()
+    assert (tmp_path / "moe").exists() == revealed
+    if not revealed:
+        upcycle(source, tmp_path / "moe", **choices)
+    assert verify(source, tmp_path / "moe", tokens=16, new_tokens=2, progress=False)
+    assert list(tmp_path.glob(".*")) == []
