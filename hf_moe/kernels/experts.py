@@ -139,7 +139,7 @@ def experts_forward(
             say = logger.warning_once if hidden_states.device.type == "cuda" else logger.info
             say(f"{NAME}: {type(self).__name__} runs with grouped_mm, because {reason}.")
         return hf_moe_integration.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    from . import layer
+    from . import any_gate, layer
 
     name = "gate_up_proj" if self.has_gate else "up_proj"
     names = (name, "down_proj", *((f"{name}_bias", "down_proj_bias") if self.has_bias else ()))
@@ -152,7 +152,7 @@ def experts_forward(
     gating = gating_of(self)
     if gating is None:
         gate = self._apply_gate if self.has_gate else self.act_fn
-        out = layer.experts_with_gate(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, gate=gate)
+        out = any_gate.experts_with_gate(x, top_k_index, top_k_weights, up, down, up_bias, down_bias, gate=gate)
     else:
         recompute = getattr(self, "hf_moe_recompute", False)
         out = layer.experts(

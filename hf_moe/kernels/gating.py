@@ -37,6 +37,10 @@ class Gating(NamedTuple):
         return 2 if self.gated else 1
 
 
+# `Gating`'s fields as the arguments of an operator.
+GATING_SCHEMA = "str act, float alpha, float? limit, float up_offset, bool gated, bool interleaved"
+
+
 @triton.jit
 def act_and_slope(z, alpha, ACT: tl.constexpr):
     """act(z) and its derivative, in fp32."""

@@ -13,39 +13,23 @@ from torch import Tensor
 
 from . import grouped_hopper, small_batch, tuning, weight_gradient_hopper
 from .combine import combine, spread
-from .descriptors import dense_rows, dense_side
-from .gating import Gating, gating_gradient
+from .descriptors import dense_side
+from .gating import GATING_SCHEMA, Gating, gating_gradient
 from .grouped_linear import grouped_linear
 from .operators import Operator
-from .routing import Routing, route, tile_capacity
+from .routing import ROUTING_SCHEMA, Routing, route, tile_capacity
 from .up_projection import up_projection
-from .weight_gradient import bias_gradient, weight_gradient
+from .weight_gradient import bias_gradient, weight_gradient_as
 
-_GATING = "str act, float alpha, float? limit, float up_offset, bool gated, bool interleaved"
-_ROUTING = "Tensor row, Tensor position, Tensor offset, Tensor tile"
 _WEIGHTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
 
 _library = torch.library.Library("hf_moe", "FRAGMENT")
-_library.define(f"experts(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {_GATING}, bool recompute)"
+_library.define(f"experts(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {GATING_SCHEMA}, bool recompute)"
                 " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
-_library.define(f"experts_inference(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {_GATING}) -> Tensor")
+_library.define(f"experts_inference(Tensor x, Tensor index, Tensor weight, {_WEIGHTS}, {GATING_SCHEMA}) -> Tensor")
 _library.define(f"experts_backward(Tensor dout, Tensor x, Tensor h, Tensor index, Tensor weight, {_WEIGHTS}, "
-                f"{_ROUTING}, {_GATING}, bool[] needs)"
+                f"{ROUTING_SCHEMA}, {GATING_SCHEMA}, bool[] needs)"
                 " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
-_library.define("route(Tensor index, Tensor x, int n_experts) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(f"grouped_linear(Tensor x, Tensor weight, Tensor? bias, {_ROUTING}, int per_token)"
-                " -> Tensor")  # fmt: skip
-_library.define(f"grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, {_ROUTING}, "
-                "int per_token, bool[] needs) -> (Tensor, Tensor, Tensor)")  # fmt: skip
-
-
-def _weight_gradient_as(weight, left, right, routing, tile, *, left_per_token=None, right_per_token=None) -> Tensor:
-    """The gradient in the memory order of the weight, so that accumulating it copies nothing."""
-    tokens = {"left_per_token": left_per_token, "right_per_token": right_per_token}
-    if weight.stride(2) == 1:
-        return weight_gradient(left, right, routing, tile, **tokens)
-    tokens = {"left_per_token": right_per_token, "right_per_token": left_per_token}
-    return weight_gradient(right, left, routing, tile, **tokens).transpose(1, 2)
 
 
 class Plan(NamedTuple):
@@ -97,7 +81,7 @@ def _experts(
         none = index.new_empty(0, dtype=torch.int32)
         return x.new_zeros(x.shape), x.new_empty(0), none, none.clone(), none.clone(), none.clone()
     gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
-    x, up, down = dense_rows(x), dense_side(up), dense_side(down)
+    x, up, down = x.contiguous(), dense_side(up), dense_side(down)
     out, h, routing = _by_sorted_rows(x, index, weight, up, down, up_bias, down_bias, gating, store_h=not recompute)
     return out, x.new_empty(0) if h is None else h, *routing[:4]
 
@@ -122,7 +106,7 @@ def _experts_inference(
     if index.shape[0] == 0:
         return x.new_zeros(x.shape)
     gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
-    x, up, down = dense_rows(x), dense_side(up), dense_side(down)
+    x, up, down = x.contiguous(), dense_side(up), dense_side(down)
     if tuning.is_small_batch(index.shape[0], index.numel(), up.shape[0]):
         return small_batch.experts(x, index, weight, up, down, up_bias, down_bias, gating)
     return _by_sorted_rows(x, index, weight, up, down, up_bias, down_bias, gating, store_h=False)[0]
@@ -134,7 +118,7 @@ def _experts_backward(
 ):  # fmt: skip
     gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
     needs_x, needs_weight, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
-    x, up, down, dout = dense_rows(x), dense_side(up), dense_side(down), dout.contiguous()
+    x, up, down, dout = x.contiguous(), dense_side(up), dense_side(down), dout.contiguous()
     (T, K), E = index.shape, up.shape[0]
     if T == 0:
         return tuple(
@@ -164,12 +148,12 @@ def _experts_backward(
         )
         del da, h
         if needs_down:
-            ddown = _weight_gradient_as(down, dout_rows, wa, routing, plan.down_gradient, left_per_token=per_token)
+            ddown = weight_gradient_as(down, dout_rows, wa, routing, plan.down_gradient, left_per_token=per_token)
         del dout_rows, wa
         if needs_up_bias:
             dup_bias = bias_gradient(dh, routing)
         if needs_up:
-            dup = _weight_gradient_as(up, dh, spread(x, routing, K), routing, plan.up_gradient)
+            dup = weight_gradient_as(up, dh, spread(x, routing, K), routing, plan.up_gradient)
         if needs_x:
             dx = combine(grouped_linear(dh, up.transpose(1, 2), routing, plan.x_gradient), None, routing, K)
     return dx, dweight if needs_weight else none, dup, ddown, dup_bias, ddown_bias
@@ -179,6 +163,8 @@ def _experts_backward_fake(
     dout, x, h, index, weight, up, down, up_bias, down_bias, row, position, offset, tile,
     act, alpha, limit, up_offset, gated, interleaved, needs,
 ):  # fmt: skip
+    # A weight's gradient lies in memory as the weight does, these two are contiguous.
+    x, weight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     return tuple(
         torch.empty_like(like) if need else dout.new_empty(0)
         for like, need in zip((x, weight, up, down, up_bias, down_bias), needs, strict=True)
@@ -232,7 +218,7 @@ def experts(
         out[t] = Σ_k weight[t, k] · (down[e] @ gate(up[e] @ x[t] + up_bias[e]) + down_bias[e])      e = index[t, k]
 
     Args:
-        x_TD: tokens; fp32, bf16 or fp16. T may be 0.
+        x_TD: tokens; fp32, bf16 or fp16; copied unless contiguous. T may be 0.
         index_TK: int32 or int64. An id outside 0 .. E-1 is a route of no expert: it adds exactly zero.
         weight_TK: routing weights, any float dtype.
         up_EHD, down_EDF: x's dtype; views with swapped last dimensions are read in place.
@@ -254,99 +240,3 @@ def experts(
         out, *_ = _run_experts(*args, recompute)
         return out
     return _run_experts_inference(*args)
-
-
-def _row_tile(x: Tensor, n_routes: int, n_experts: int) -> int:
-    return tuning.choose("up", x.device, x.dtype, n_routes // n_experts).m
-
-
-def _route(index, x, n_experts):
-    return tuple(route(index, n_experts, _row_tile(x, index.numel(), n_experts))[:4])
-
-
-def _route_fake(index, x, n_experts):
-    N = index.numel()
-    sizes = (N, N, n_experts + 1, 3 * tile_capacity(N, n_experts) + 1)
-    return tuple(index.new_empty(size, dtype=torch.int32) for size in sizes)
-
-
-def _grouped_linear(x, weight, bias, row, position, offset, tile, per_token):
-    tile_rows = _row_tile(x, row.numel(), weight.shape[0])
-    routing, weight = Routing(row, position, offset, tile, tile_rows), dense_side(weight)
-    choice = tuning.choose("down", x.device, x.dtype, row.numel() // weight.shape[0])._replace(m=tile_rows)
-    return grouped_linear(
-        dense_rows(x), weight, routing, choice, bias_EO=bias, per_token=per_token or None, zero_unowned=True
-    )
-
-
-def _grouped_linear_backward(dy, x, weight, row, position, offset, tile, per_token, needs):
-    tile_rows = _row_tile(x, row.numel(), weight.shape[0])
-    routing, weight = Routing(row, position, offset, tile, tile_rows), dense_side(weight)
-    dy, x, none = dy.contiguous(), dense_rows(x), dy.new_empty(0)
-    dx = dweight = dbias = none
-    rows = row.numel() // weight.shape[0]
-    if needs[0]:
-        choice = tuning.choose("x_gradient", x.device, x.dtype, rows)._replace(m=tile_rows)
-        dx = grouped_linear(dy, weight.transpose(1, 2), routing, choice, zero_unowned=True)
-        if per_token:
-            dx = combine(dx, None, routing, per_token)
-    if needs[1]:
-        choice = tuning.choose("up_gradient", x.device, x.dtype, rows)
-        if weight.stride(2) == 1:
-            dweight = weight_gradient(dy, x, routing, choice, right_per_token=per_token or None)
-        else:
-            dweight = weight_gradient(x, dy, routing, choice, left_per_token=per_token or None).transpose(1, 2)
-    if needs[2]:
-        dbias = bias_gradient(dy, routing)
-    return dx, dweight, dbias
-
-
-def _grouped_linear_setup(ctx, inputs, output):
-    x, weight, _, *routing, ctx.per_token = inputs
-    ctx.save_for_backward(x, weight, *routing)
-
-
-def _grouped_linear_autograd(ctx, dy):
-    x, weight, *routing = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    found = _run_grouped_linear_backward(dy, x, weight, *routing, ctx.per_token, needs)
-    return *(g if need else None for g, need in zip(found, needs, strict=True)), *([None] * 5)
-
-
-_run_route = Operator("route", _route, _library)
-_run_grouped_linear = Operator("grouped_linear", _grouped_linear, _library)
-_run_grouped_linear_backward = Operator("grouped_linear_backward", _grouped_linear_backward, _library)
-torch.library.register_fake("hf_moe::route", _route_fake, lib=_library)
-torch.library.register_fake(
-    "hf_moe::grouped_linear",
-    lambda x, weight, bias, row, *_: x.new_empty((row.shape[0], weight.shape[1])),
-    lib=_library,
-)
-torch.library.register_fake(
-    "hf_moe::grouped_linear_backward",
-    lambda dy, x, weight, row, position, offset, tile, per_token, needs: (
-        torch.empty_like(x) if needs[0] else dy.new_empty(0),
-        torch.empty_like(weight) if needs[1] else dy.new_empty(0),
-        dy.new_empty(weight.shape[:2]) if needs[2] else dy.new_empty(0),
-    ),
-    lib=_library,
-)
-_run_grouped_linear.register_gradient(_grouped_linear_autograd, _grouped_linear_setup)
-
-
-def experts_with_gate(x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED, *, gate) -> Tensor:
-    """`experts` with any row-wise torch function for a gate: unfused, and autograd keeps what `gate` needs.
-
-    Args:
-        gate: (N, H) → (N, F), for instance a module's own `_apply_gate`. The rest is as for `experts`.
-    """
-    if index_TK.shape[0] == 0:
-        return x_TD * 1
-    T, K = index_TK.shape
-    routing = _run_route(index_TK, x_TD, up_EHD.shape[0])
-    h_NH = _run_grouped_linear(x_TD, up_EHD, up_bias_EH, *routing, K)
-    y_ND = _run_grouped_linear(gate(h_NH), down_EDF, down_bias_ED, *routing, 0)
-    position_N = routing[1]
-    owned_TK1 = (position_N >= 0).view(T, K, 1)
-    y_TKD = y_ND[position_N.clamp(min=0)].view(T, K, -1)
-    return (y_TKD * weight_TK.unsqueeze(-1)).masked_fill(~owned_TK1, 0.0).sum(1).to(x_TD.dtype)

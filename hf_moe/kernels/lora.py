@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .adapted_gating import AdaptedGatingGradient, adapted_gating_gradient
 from .combine import combine, spread
-from .descriptors import dense_rows, dense_side
-from .gating import Gating, gating_gradient
+from .descriptors import dense_side
+from .gating import GATING_SCHEMA, Gating, gating_gradient
 from .grouped_linear import Adapter, grouped_linear
 from .layer import Plan
 from .operators import Operator
-from .routing import Routing, route, tile_capacity
+from .routing import ROUTING_SCHEMA, Routing, route, tile_capacity
 from .spread_low_rank import low_rank_of_tokens, spread_low_rank
 from .tuning import Tile, power_of_2
 from .up_projection import up_projection
@@ -86,16 +86,15 @@ def _gate_and_narrow(h_NH, da_NF, weight_TK, routing, gating, *, up, down, index
     return AdaptedGatingGradient(dh, dweight, up_dz, dup_b, aa, ddown_a)
 
 
-_GATING = "str act, float alpha, float? limit, float up_offset, bool gated, bool interleaved"
 _ADAPTED = (
     "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
     "Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b"
 )
 _library = torch.library.Library("hf_moe", "FRAGMENT")
-_library.define(f"experts_lora(Tensor x, Tensor index, Tensor weight, {_ADAPTED}, {_GATING})"
+_library.define(f"experts_lora(Tensor x, Tensor index, Tensor weight, {_ADAPTED}, {GATING_SCHEMA})"
                 " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
 _library.define(f"experts_lora_backward(Tensor dout, Tensor x, Tensor h, Tensor z, Tensor index, Tensor weight, "
-                f"{_ADAPTED}, Tensor row, Tensor position, Tensor offset, Tensor tile, {_GATING}, bool[] needs)"
+                f"{_ADAPTED}, {ROUTING_SCHEMA}, {GATING_SCHEMA}, bool[] needs)"
                 " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
 
 
@@ -104,7 +103,7 @@ def _forward(
     act, alpha, limit, up_offset, gated, interleaved,
 ):  # fmt: skip
     gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
-    x, up, down = dense_rows(x), dense_side(up), dense_side(down)
+    x, up, down = x.contiguous(), dense_side(up), dense_side(down)
     (T, K), E = index.shape, up.shape[0]
     if T == 0:
         none = index.new_empty(0, dtype=torch.int32)
@@ -147,7 +146,7 @@ def _backward(
 ):  # fmt: skip
     gating = Gating(act, alpha, limit, up_offset, gated, interleaved)
     needs_x = needs[0]
-    x, up, down, dout = dense_rows(x), dense_side(up), dense_side(down), dout.contiguous()
+    x, up, down, dout = x.contiguous(), dense_side(up), dense_side(down), dout.contiguous()
     (T, K), E = index.shape, up.shape[0]
     likes = (x, weight, up_a, up_b, down_a, down_b)
     if T == 0:

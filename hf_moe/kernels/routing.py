@@ -43,6 +43,10 @@ class Routing(NamedTuple):
         return min(cdiv(n_routes, self.tile_rows) + self.offset_E1.numel() - 1, n_routes)
 
 
+# `Routing`'s tensors as the arguments of an operator.
+ROUTING_SCHEMA = "Tensor row, Tensor position, Tensor offset, Tensor tile"
+
+
 def tile_capacity(n_routes, n_experts):
     """Room for the lowest tiles there are: a compiled graph need not know which are chosen. Takes symbolic sizes."""
     return torch.sym_min((n_routes + 15) // 16 + n_experts, n_routes)

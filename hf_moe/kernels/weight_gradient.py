@@ -184,6 +184,25 @@ def weight_gradient(
     return dw_EOI
 
 
+def weight_gradient_as(
+    weight_EOI: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    routing: Routing,
+    tile: Tile,
+    *,
+    left_per_token: int | None = None,
+    right_per_token: int | None = None,
+) -> torch.Tensor:
+    """`weight_gradient` in the memory order of the weight, so that accumulating it copies nothing."""
+    if weight_EOI.stride(2) == 1:
+        return weight_gradient(
+            left, right, routing, tile, left_per_token=left_per_token, right_per_token=right_per_token
+        )
+    turned = weight_gradient(right, left, routing, tile, left_per_token=right_per_token, right_per_token=left_per_token)
+    return turned.transpose(1, 2)
+
+
 @launched
 @triton.jit
 def _bias_gradient_kernel(

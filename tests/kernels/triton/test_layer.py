@@ -6,14 +6,23 @@ from cases import DEVICE, DTYPES, HALF, NAMED, Shape, assert_as_good, index, nor
 from hypothesis import given, settings
 
 from hf_moe.kernels import reference
+from hf_moe.kernels.any_gate import experts_with_gate
 from hf_moe.kernels.gating import Gating
-from hf_moe.kernels.layer import experts, experts_with_gate
+from hf_moe.kernels.layer import experts
 
 NAMES = ("x", "weight", "up", "down", "up_bias", "down_bias")
 GPT_OSS = Gating(alpha=1.702, limit=0.9, up_offset=1.0, interleaved=True)
 
 
-def inputs(shape: Shape, dtype, gating=Gating(), biased=False, swapped=False, weight_dtype=torch.float32):  # noqa: B008
+def inputs(
+    shape: Shape,
+    dtype,
+    gating=Gating(),  # noqa: B008
+    biased=False,
+    swapped=False,
+    weight_dtype=torch.float32,
+    apart=False,
+):
     H = gating.fan * shape.F
     found = {
         "x": normal(shape.T, shape.D, dtype=dtype),
@@ -23,6 +32,8 @@ def inputs(shape: Shape, dtype, gating=Gating(), biased=False, swapped=False, we
     }
     if swapped:
         found |= {name: found[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("up", "down")}
+    if apart:
+        found["x"] = normal(shape.T, 2 * shape.D, dtype=dtype)[:, : shape.D]
     if biased:
         found |= {"up_bias": normal(shape.E, H, dtype=dtype), "down_bias": normal(shape.E, shape.D, dtype=dtype)}
     return found
@@ -72,6 +83,12 @@ def test_gates(gating, recompute):
 @given(shapes)
 def test_drawn_shapes(shape):
     check(shape, torch.float32)
+
+
+# Experts as wide as that read copied rows in training.
+@pytest.mark.parametrize("width", [16, 512])
+def test_tokens_that_lie_apart_in_memory(width):
+    check(Shape(7, 32, width, 4, 2), torch.float32, apart=True)
 
 
 def test_routing_weights_in_the_dtype_of_x():

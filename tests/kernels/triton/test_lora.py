@@ -12,7 +12,7 @@ ADAPTERS = ("up_a", "up_b", "down_a", "down_b")
 GPT_OSS = Gating(alpha=1.702, limit=0.9, up_offset=1.0, interleaved=True)
 
 
-def inputs(shape: Shape, dtype, rank=4, gating=Gating(), biased=False, swapped=False):  # noqa: B008
+def inputs(shape: Shape, dtype, rank=4, gating=Gating(), biased=False, swapped=False, apart=False):  # noqa: B008
     D, F, E, H = shape.D, shape.F, shape.E, gating.fan * shape.F
     leaves = {
         "x": normal(shape.T, D, dtype=dtype),
@@ -22,6 +22,8 @@ def inputs(shape: Shape, dtype, rank=4, gating=Gating(), biased=False, swapped=F
         "down_a": normal(E, rank, F, dtype=dtype, scale=F**-0.5, seed=1),
         "down_b": normal(E, D, rank, dtype=dtype, scale=rank**-0.5, seed=1),
     }
+    if apart:
+        leaves["x"] = normal(shape.T, 2 * D, dtype=dtype)[:, :D]
     frozen = [normal(E, H, D, dtype=dtype, scale=D**-0.5), normal(E, D, F, dtype=dtype, scale=F**-0.5, seed=2)]
     if swapped:
         frozen = [w.transpose(1, 2).contiguous().transpose(1, 2) for w in frozen]
@@ -63,6 +65,10 @@ def test_named_cases(shape, dtype):
 @pytest.mark.parametrize("rank", [1, 16, 20, 40, 136])
 def test_ranks_with_bias_and_swapped_weights(rank):
     check(NAMED["sentinels"], torch.float32, rank=rank, gating=GPT_OSS, biased=True, swapped=True)
+
+
+def test_tokens_that_lie_apart_in_memory():
+    check(NAMED["plain"], torch.float32, apart=True)
 
 
 @pytest.mark.parametrize("projections", [("up",), ("down",)])

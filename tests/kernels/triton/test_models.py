@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from hf_moe.kernels import layer
+from hf_moe.kernels import any_gate, layer
 from hf_moe.kernels.experts import NAME, accelerate, gating_of
 
 SMALL = {
@@ -96,9 +96,9 @@ def test_same_numbers_and_gradients(name, monkeypatch):
     model.set_experts_implementation("grouped_mm")
     theirs = step(model)
     calls = []
-    for function in ("experts", "experts_with_gate"):
-        original = getattr(layer, function)
-        monkeypatch.setattr(layer, function, lambda *a, f=original, n=function, **k: calls.append(n) or f(*a, **k))
+    for where, function in ((layer, "experts"), (any_gate, "experts_with_gate")):
+        original = getattr(where, function)
+        monkeypatch.setattr(where, function, lambda *a, f=original, n=function, **k: calls.append(n) or f(*a, **k))
     assert accelerate(model) is model
     ours = step(model)
     assert set(calls) == {"experts"}
@@ -113,7 +113,7 @@ def test_compiled_experts_take_the_fused_path(name, monkeypatch):
     x_TD = torch.randn(9, 32, device=DEVICE)
     scores = torch.rand(9, module.num_experts, device=DEVICE).topk(2)
     eager = module(x_TD, scores.indices, scores.values)
-    monkeypatch.setattr(layer, "experts_with_gate", None)
+    monkeypatch.setattr(any_gate, "experts_with_gate", None)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     torch.testing.assert_close(compiled(x_TD, scores.indices, scores.values), eager)
 
