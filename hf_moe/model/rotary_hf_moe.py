@@ -38,6 +38,15 @@ class HfMoeRotaryEmbedding(nn.Module):
             self.chosen: torch.Tensor
             self.register_buffer("chosen", self.compute_chosen(), persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Frequencies move, but stay in fp32: `model.bfloat16()` would turn late positions by whole radians."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
+
     @staticmethod
     def _prefix(layer_type: str | None) -> str:
         return "" if layer_type is None else f"{layer_type}_"

@@ -48,6 +48,17 @@ def test_rope_tables_are_llamas(rope_type):
             torch.testing.assert_close(mine, expected, rtol=0, atol=0)
 
 
+def test_a_model_that_is_cast_keeps_its_frequencies():
+    rotary, positions = HfMoeRotaryEmbedding(tiny_config("sandwich")), torch.arange(100_000, 100_050).unsqueeze(0)
+    tables = lambda: [rotary(torch.zeros(1), positions, layer_type) for layer_type in rotary.layer_types]  # noqa: E731
+    expected = tables()
+    for cast in (torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double):
+        cast(rotary)
+        torch.testing.assert_close(tables(), expected, rtol=0, atol=0, msg=cast.__name__)
+    rotary.to("meta")
+    assert all(buffer.is_meta and buffer.dtype == torch.float32 for buffer in rotary.buffers())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
