@@ -409,6 +409,12 @@ class HfMoeModel(HfMoePreTrainedModel):
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    def routers(self) -> list[HfMoeTopkRouter]:
+        """The router of each sparse layer, in order."""
+        # By their place: peft keeps the original of what it trains beside it, and wraps it or the block around it.
+        found = [getattr(getattr(layer, "mlp", None), "gate", None) for layer in self.layers]
+        return [getattr(gate, "get_base_layer", lambda gate=gate: gate)() for gate in found if gate is not None]
+
     def _attention_masks(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> dict[str, Any]:
         if isinstance(attention_mask, dict):  # `generate` prepared them
             return attention_mask
@@ -499,10 +505,7 @@ class HfMoeForCausalLM(CapturedGeneration, LatentBatching, HfMoePreTrainedModel,
                 loss_function = FUSED.get("causal_lm_loss", loss_function)
             loss = loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if outputs.router_logits and (add_auxiliary or output_router_logits):
-            # By their place: peft keeps a trained router's original beside it.
-            mixtures = [getattr(layer, "mlp", None) for layer in self.model.layers]
-            routers = [mlp.gate for mlp in mixtures if isinstance(mlp, HfMoeSparseMoeBlock)]
-            batch_size = outputs.last_hidden_state.shape[0]
+            routers, batch_size = self.model.routers(), outputs.last_hidden_state.shape[0]
             aux_loss = auxiliary_loss(self.config, routers, outputs.router_logits, batch_size, attention_mask)
             if labels is not None and add_auxiliary:
                 if torch.is_grad_enabled() and routers[0].weight.requires_grad and not aux_loss.requires_grad:

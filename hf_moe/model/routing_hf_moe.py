@@ -24,8 +24,10 @@ class HfMoeTopkRouter(nn.Module):
     `e_score_correction_bias` steers the choice only: no gradient, no part in the weights.
 
     With `topk_each_group` every group gives its best K / n_group experts, and weights are normalised inside of each:
-    where a group holds the copies of one piece of an MLP, the pieces add up to the MLP whatever the router says. One
-    expert of each has the weight 1, and the gradient of its score over a constant.
+    where a group holds the copies of one piece of an MLP, the pieces add up to the MLP whatever the router says.
+
+    A weight that is normalised alone (K = 1, or one expert of a group) is 1, with the gradient of its score over a
+    constant: that of the quotient is zero, and no router learns from it.
 
     Weights are fp32, or fp64 where experts compute in fp32 on a CPU.
 
@@ -105,7 +107,7 @@ class HfMoeTopkRouter(nn.Module):
         index_TK = torch.topk(choice_TE, self.top_k, dim=-1, sorted=False).indices
         weights_TK = scores_TE.gather(1, index_TK)
         if self.norm_topk_prob:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+            weights_TK = _normalised(weights_TK)
         return weights_TK * self.routed_scaling_factor, index_TK
 
     def _select_of_each_group(
@@ -116,10 +118,7 @@ class HfMoeTopkRouter(nn.Module):
         index_TGJ = torch.topk(choice_TGE, self.top_k // self.n_group, dim=-1, sorted=False).indices
         weights_TGJ = scores_TGE.gather(-1, index_TGJ)
         if self.norm_topk_prob:
-            total_TG1 = weights_TGJ.sum(dim=-1, keepdim=True)
-            # One expert of a group has the weight 1 whatever its score: with a gradient of the sum, no router learns.
-            total_TG1 = total_TG1.detach() if weights_TGJ.shape[-1] == 1 else total_TG1
-            weights_TGJ = weights_TGJ / (total_TG1 + 1e-20)
+            weights_TGJ = _normalised(weights_TGJ)
         first_G1 = torch.arange(0, self.num_experts, scores_TGE.shape[-1], device=index_TGJ.device).unsqueeze(-1)
         return weights_TGJ.flatten(1) * self.routed_scaling_factor, (index_TGJ + first_G1).flatten(1)
 
@@ -135,6 +134,12 @@ class HfMoeTopkRouter(nn.Module):
         return f"num_experts={self.num_experts}, top_k={self.top_k}, {self.scoring_func}, {self.topk_method}"
 
 
+def _normalised(weights: torch.Tensor) -> torch.Tensor:
+    """Weights over their sum in the last dimension; see `HfMoeTopkRouter` on one that is alone there."""
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / ((total.detach() if weights.shape[-1] == 1 else total) + 1e-20)
+
+
 def load_balancing_loss(
     scores_TE: torch.Tensor,
     index_TK: torch.Tensor,
@@ -148,7 +153,8 @@ def load_balancing_loss(
     1 when the load is even, E/K at worst.
 
     Args:
-        scores_TE: router scores, fp32; sigmoid scores are divided by their sum over the experts here.
+        scores_TE: router scores, fp32; sigmoid scores are divided by their sum over the experts here. With dimensions
+            before T, here and in the other arguments, there is a loss for each of them.
         index_TK: chosen experts.
         mask_T: 1 for tokens that count, 0 for padding; None for all.
         share_E: f of a larger batch, in the place of this one's. The loss is then a mean over tokens.
@@ -159,14 +165,13 @@ def load_balancing_loss(
         arXiv:2501.11873.
     """
     p_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    chosen_TE = torch.zeros_like(p_TE).scatter_(1, index_TK, 1.0 / index_TK.shape[1])
-    if mask_T is not None:
-        mask_T1 = mask_T.to(p_TE.dtype).unsqueeze(-1)
-        p_TE, chosen_TE = p_TE * mask_T1, chosen_TE * mask_T1
-    count = p_TE.new_tensor(p_TE.shape[0]) if mask_T is None else mask_T1.sum()
-    if share_E is not None:
-        return p_TE.shape[1] * (share_E.to(p_TE) * p_TE.sum(0)).sum() / count.clamp(min=1)
-    return p_TE.shape[1] * (chosen_TE.sum(0) * p_TE.sum(0)).sum() / count.clamp(min=1) ** 2
+    mask_T1 = (torch.ones_like(p_TE[..., 0]) if mask_T is None else mask_T.to(p_TE.dtype)).unsqueeze(-1)
+    count = mask_T1.sum(dim=-2).clamp(min=1)
+    p_E = (p_TE * mask_T1).sum(dim=-2) / count
+    if share_E is None:
+        chosen_TE = torch.zeros_like(p_TE).scatter_(-1, index_TK, 1.0 / index_TK.shape[-1])
+        share_E = (chosen_TE * mask_T1).sum(dim=-2) / count
+    return p_TE.shape[-1] * (share_E.to(p_E) * p_E).sum(dim=-1)
 
 
 def sequence_balancing_loss(
@@ -177,11 +182,9 @@ def sequence_balancing_loss(
     Args as there; rows of one sequence are adjacent and all sequences are T / batch_size long.
     Source: arXiv:2412.19437 equations 17-20.
     """
-    scores = scores_TE.unflatten(0, (batch_size, -1))
-    index = index_TK.unflatten(0, (batch_size, -1))
-    mask = None if mask_T is None else mask_T.view(batch_size, -1)
-    losses = [load_balancing_loss(scores[b], index[b], None if mask is None else mask[b]) for b in range(batch_size)]
-    return torch.stack(losses).mean()
+    scores_BSE, index_BSK = (each.unflatten(0, (batch_size, -1)) for each in (scores_TE, index_TK))
+    mask_BS = None if mask_T is None else mask_T.view(batch_size, -1)
+    return load_balancing_loss(scores_BSE, index_BSK, mask_BS).mean()
 
 
 def router_z_loss(router_logits: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
@@ -208,13 +211,16 @@ def auxiliary_loss(
 
     Args:
         routers, router_logits: one a sparse layer, in order; logits (T, E) with T = batch_size · S.
-        attention_mask: (B, S) of 1 and 0; anything else is read as "every token counts".
+        attention_mask: (B, S), 0 for padding and anything else for a token; a mask of another shape says nothing of
+            padding, and every token counts.
     Returns:
         Scalar, fp32.
     """
     mask_T = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        mask_T = attention_mask[:, -router_logits[0].shape[0] // batch_size :].reshape(-1).float()
+        # What is cached, and prompts that peft puts in front, come first and have no logits here.
+        length = router_logits[0].shape[0] // batch_size
+        mask_T = (attention_mask[:, -length:] != 0).reshape(-1).float()
     total = router_logits[0].new_zeros((), dtype=torch.float32)
     for router, logits in zip(routers, router_logits, strict=True):
         logits = logits.to(total.device)

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+from hf_moe.model.modeling_hf_moe import HfMoeModel
 from hf_moe.model.routing_hf_moe import HfMoeTopkRouter
 
 from .load import experts_in_all, experts_of
 from .metrics import ExpertLoadCallback
+
+logger = logging.get_logger(__name__)
 
 BIAS = "e_score_correction_bias"
 
@@ -90,7 +94,8 @@ def _has_bias(module: nn.Module, size: int) -> bool:
 class SelectionBiasCallback(ExpertLoadCallback):
     """`move_selection_bias` before each optimizer step, from the load of all its micro-batches on all ranks.
 
-    Logs what `ExpertLoadCallback` logs. The bias is part of the model, so checkpoints hold it.
+    Logs what `ExpertLoadCallback` logs. The bias is part of the model, so checkpoints hold it; those of a peft adapter
+    do if it has the router in `modules_to_save`, and otherwise a warning says so.
 
     Args:
         rate: DeepSeek-V3's is 0.001 with sigmoid scores; 0 for its last tokens.
@@ -106,7 +111,14 @@ class SelectionBiasCallback(ExpertLoadCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.biases = selection_biases(kwargs["model"])
+        model = kwargs["model"]
+        self.biases = selection_biases(model)
+        holders = [name for name, module in model.named_modules() if hasattr(module, BIAS)]
+        if hasattr(model, "peft_config") and not any("modules_to_save" in name for name in holders):
+            logger.warning(
+                f"{BIAS} moves, but is not among the adapter's files: merge the adapter before you save, or give the "
+                "router to modules_to_save"
+            )
 
     def on_step_counts(self, counts: torch.Tensor) -> None:
         """Move every layer's bias by the counts (layers, E) of this step."""
@@ -142,7 +154,8 @@ class GlobalLoadCallback(ExpertLoadCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.routers = [module for module in kwargs["model"].modules() if isinstance(module, HfMoeTopkRouter)]
+        bases = [module for module in kwargs["model"].modules() if isinstance(module, HfMoeModel)]
+        self.routers = [router for base in bases for router in base.routers()]
         if not self.routers:
             raise ValueError(f"{type(kwargs['model']).__name__} has no HfMoeTopkRouter")
         for layer, router in enumerate(self.routers):

@@ -43,6 +43,7 @@ EACH_GROUP = {"n_routed_experts": 12, "num_experts_per_tok": 6, "n_group": 3, "t
         ("deepseek_v3", {}),
         ("deepseek_v2", {}),
         ("gqa", {}),
+        ("gqa", {"num_experts_per_tok": 1}),
         ("gqa", EACH_GROUP),
         ("deepseek_v3", EACH_GROUP),
         ("gqa", {**EACH_GROUP, "num_experts_per_tok": 3}),
@@ -106,8 +107,22 @@ def test_sequence_loss_is_the_mean_over_sequences():
     torch.manual_seed(0)
     logits = torch.randn(12, 6)
     scores, index = logits.softmax(-1), logits.topk(2).indices
-    halves = [load_balancing_loss(scores[i : i + 6], index[i : i + 6], None) for i in (0, 6)]
-    torch.testing.assert_close(sequence_balancing_loss(scores, index, 2, None), torch.stack(halves).mean())
+    for mask in (None, torch.tensor([1.0] * 9 + [0.0] * 3)):
+        halves = [
+            load_balancing_loss(scores[half], index[half], None if mask is None else mask[half])
+            for half in (slice(6), slice(6, 12))
+        ]
+        torch.testing.assert_close(sequence_balancing_loss(scores, index, 2, mask), torch.stack(halves).mean())
+
+
+def test_a_token_counts_once_whatever_its_mask_calls_it():
+    config = tiny_config("gqa", router_z_loss_coef=0.1, router_seq_aux_loss_coef=0.1)
+    router, logits = HfMoeTopkRouter(config), torch.randn(12, config.n_routed_experts)
+    numbered = torch.tensor([[0, 0, 1, 1, 2, 2], [1, 1, 1, 2, 2, 3]])
+    plain, same, also = (
+        auxiliary_loss(config, [router], (logits,), 2, mask) for mask in (numbered.clamp(max=1), numbered, numbered > 0)
+    )
+    assert plain == same == also
 
 
 def test_auxiliary_loss_reaches_the_router_and_respects_its_coefficients():
@@ -211,18 +226,27 @@ def test_a_trainer_that_asks_the_base_model_for_router_logits_computes_all_losse
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
-def test_a_router_that_peft_trains_beside_its_original():
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ({"modules_to_save": ["gate"]}, "gate.modules_to_save.default.weight"),
+        ({"modules_to_save": ["mlp"]}, "mlp.modules_to_save.default.gate.weight"),
+        ({"target_parameters": ["gate.weight"]}, "gate.lora_B.default.weight"),
+    ],
+)
+def test_a_router_that_peft_trains_beside_its_original(options, trained):
     from peft import LoraConfig, get_peft_model
 
-    ids, found = random_ids(2, 9), {}
-    for targets in ([], ["gate"]):
-        model = tiny_model(router_aux_loss_coef=0.5)
-        config = LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=targets)
-        found[bool(targets)] = get_peft_model(model, config).train()(ids, labels=ids).loss
-    torch.testing.assert_close(found[True], found[False])
-    found[True].backward()
-    (gate,) = model.model.layers[-1].mlp.gate.modules_to_save.children()
-    assert gate.weight.grad.any()
+    ids = random_ids(2, 9)
+    expected = tiny_model(router_aux_loss_coef=0.5).train()(ids, labels=ids)
+    config = LoraConfig(r=2, target_modules=["o_proj"], **options)
+    model = get_peft_model(tiny_model(router_aux_loss_coef=0.5), config).train()
+    found = model(ids, labels=ids)
+    torch.testing.assert_close((found.loss, found.aux_loss), (expected.loss, expected.aux_loss))
+    found.aux_loss.backward()
+    gates = [parameter for name, parameter in model.named_parameters() if name.endswith(trained)]
+    assert len(gates) == 2
+    assert all(gate.grad.any() for gate in gates)
 
 
 def test_labels_that_somebody_takes_away_take_the_routers_losses_with_them():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from processes import needs_gloo, run_on_ranks
 from tiny import random_ids, tiny_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Trainer, TrainingArguments
@@ -17,6 +18,7 @@ from hf_moe.training import (
     GlobalLoadCallback,
     MuonAdamW,
     SelectionBiasCallback,
+    balance,
     measure_expert_load,
     metrics,
     move_selection_bias,
@@ -178,6 +180,32 @@ def test_the_loss_of_the_whole_batchs_load_is_the_same_however_it_is_split(tmp_p
     three_steps(0, ["whole"], tmp_path)
     without, _ = torch.load(tmp_path / "whole.pt")
     assert all((without[name] - expected[name]).abs().max() > 1e-3 for name in expected if name.endswith("gate.weight"))
+
+
+@pytest.mark.parametrize("callback", [GlobalLoadCallback, SelectionBiasCallback])
+def test_routers_that_peft_trains_beside_their_originals(callback, tmp_path):
+    model = tiny_model("deepseek_v3", router_aux_loss_coef=0.5)
+    lora = LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["gate"])
+    callback = callback(pictures=False)
+    Trainer(get_peft_model(model, lora), arguments(tmp_path), train_dataset=samples(8), callbacks=[callback]).train()
+    assert callback.total is not None
+    originals, trained = (
+        [b for n, b in model.named_buffers() if where in n] for where in ("original_module", "modules_to_save")
+    )
+    moved = [not torch.equal(*pair) for pair in zip(originals, trained, strict=True)]
+    assert moved == [isinstance(callback, SelectionBiasCallback)] * 2
+
+
+def test_an_adapter_that_does_not_hold_the_bias_is_told_of(monkeypatch, tmp_path):
+    warnings: list[str] = []
+    monkeypatch.setattr(balance.logger, "warning", warnings.append)
+    for saved in (["gate"], []):
+        assert not warnings
+        lora = LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=saved)
+        model = get_peft_model(tiny_model("deepseek_v3"), lora)
+        callbacks = [SelectionBiasCallback(pictures=False)]
+        Trainer(model, arguments(tmp_path, steps=1), train_dataset=samples(8), callbacks=callbacks).train()
+    assert "not among the adapter's files" in warnings[0]
 
 
 def test_the_loss_of_a_batchs_load_is_that_of_its_formula():
