@@ -6,7 +6,8 @@ Letters: E experts, M rows and N columns of a matrix.
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,13 +33,7 @@ def kinds_of_parameters(model: nn.Module) -> dict[str, str]:
     """
     modules = dict(model.named_modules())
     experts = experts_of(model)
-    routers: set[str] = set()
-    for name, module in experts.items():
-        holder = name.rpartition(".")[0]
-        for child, part in modules[holder].named_parameters(prefix=holder):
-            beside = not child.startswith(f"{name}.")
-            if beside and part.dim() == 2 and part.shape[0] == experts_in_all(module) and "lora_" not in child:
-                routers.add(child.rpartition(".")[0])
+    routers = {name for path, module in experts.items() for name in _routers_beside(modules, path, module)}
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
@@ -57,6 +52,18 @@ def kinds_of_parameters(model: nn.Module) -> dict[str, str]:
         return "matrix"
 
     return {name: kind(name, p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _routers_beside(modules: dict[str, nn.Module], path: str, experts: Any) -> Iterator[str]:
+    """Names of the modules that hold a score's weights for each expert, in the block of the experts at a path."""
+    # peft wraps the experts and leaves the router beside the wrappers.
+    holder, _, own = re.sub(r"(\.base_layer)+$", "", path).rpartition(".")
+    for child, part in modules[holder].named_children():
+        named = part.named_parameters(prefix=f"{holder}.{child}")
+        rows = {name: p.shape[0] for name, p in named if p.dim() == 2 and "lora_" not in name}
+        # A shared expert may be as wide as there are experts, but its last matrix is as high as the model.
+        if child != own and set(rows.values()) - {1} == {experts_in_all(experts)}:
+            yield from (name.rpartition(".")[0] for name, height in rows.items() if height > 1)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0, **by_kind: dict[str, Any]) -> list[dict[str, Any]]:

@@ -38,6 +38,19 @@ def test_every_parameter_has_its_kind():
                       ("q_proj", "kv_a_proj_with_mqa", "o_proj")}  # fmt: skip
 
 
+def test_routers_beside_a_shared_expert_as_wide_as_there_are_experts_and_beside_what_peft_wraps():
+    routers = {f"model.layers.{i}.mlp.gate.weight" for i in (1, 2)}
+    model = tiny_model("sinks", n_routed_experts=24, shared_expert_intermediate_size=24)
+    assert {name for name, kind in kinds_of_parameters(model).items() if kind == "router"} == routers
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_parameters=targets, modules_to_save=["gate"]))
+    kinds = kinds_of_parameters(adapted)
+    assert {name for name, kind in kinds.items() if kind == "router"} == {
+        f"base_model.model.{name}".replace("gate.", "gate.modules_to_save.default.") for name in routers
+    }
+    assert set(kinds.values()) == {"router", "matrix"}
+
+
 def test_groups_hold_each_parameter_that_trains_once():
     model = tiny_model("gqa")
     groups = parameter_groups(model, weight_decay=0.1, router={"lr": 1e-5})
