@@ -7,43 +7,21 @@ from typing import Any
 
 import torch
 
+from ..training.pictures import draw_load
 from .progress import Progress
 
 
 def draw_loss(curve: list[list[float]], path: Path) -> None:
     """Training loss over steps."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6, 3.2))
+    # A figure of its own and not pyplot's, which would ask for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
     axes.plot([step for step, _ in curve], [loss for _, loss in curve], color="tab:blue")
     axes.set(xlabel="step", ylabel="loss on answers", ylim=(0, None), title="LoRA fine-tuning")
     axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def draw_load(share: list[list[float]], path: Path) -> None:
-    """Share of tokens that each expert of each layer served."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(9, 2.6))
-    experts = len(share[0])
-    image = axes.imshow([list(column) for column in zip(*share, strict=True)], aspect="auto", vmin=0, cmap="viridis")
-    axes.set(xlabel="layer", ylabel="expert", yticks=range(experts), title=f"Expert load (even = {1 / experts:.2f})")
-    figure.colorbar(image, ax=axes, label="share of tokens")
-    _save(figure, path)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    figure.clear()
 
 
 def write_report(progress: Progress, output: Path) -> dict[str, Any]:
@@ -53,7 +31,7 @@ def write_report(progress: Progress, output: Path) -> dict[str, Any]:
     before, after = steps["before"], steps["after"]
     tuned, spoken = steps["finetune"], steps["generate"]
     draw_loss(tuned["loss"], output / "loss.png")
-    draw_load(after["expert_share"], output / "expert_load.png")
+    draw_load(torch.tensor(after["expert_share"]), output / "expert_load.png", "load over the mean, held-out sums")
 
     size = steps["upcycle"]
     rows = [

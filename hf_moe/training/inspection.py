@@ -92,8 +92,8 @@ def inspect(folder: str, text: str, most_tokens: int = 1024) -> Choices:
     return expert_choices(model, tokens, ids.to(model.device))
 
 
-def show(choices: Choices, console: Any, most_experts: int = 16) -> None:
-    """Print a row a layer and expert, the busiest first: load, and the tokens it favours."""
+def show(choices: Choices, console: Any) -> None:
+    """Print a row a layer: how even it is, and its four busiest experts with their share and the tokens they favour."""
     from rich.table import Table
     from rich.text import Text
 
@@ -101,7 +101,7 @@ def show(choices: Choices, console: Any, most_experts: int = 16) -> None:
     layers = Table("layer", "busiest over mean", "unused", "entropy", "busiest experts and what they favour")
     for layer, share in enumerate(load.share):
         words = Text()
-        for expert in share.argsort(descending=True)[: min(4, most_experts)].tolist():
+        for expert in share.argsort(descending=True)[:4].tolist():
             favourites = " ".join(repr(token)[1:-1] for token in choices.favourites(layer, expert))
             words.append(f"{expert}: ", style="bold").append(f"{share[expert]:.0%}  {favourites}\n")
         words.rstrip()

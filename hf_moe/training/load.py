@@ -79,8 +79,10 @@ def _keep_counts(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Before a layer's experts run: overwrite the layer's counts with those of this pass."""
     index_TK = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
     bins = experts.routed_rows.shape[0] + 1
+    # A GPU counts integers deterministically, and other devices count no integers.
+    index_TK = index_TK.int() if index_TK.is_cuda else index_TK.float()
     # The last bin takes the ids that stand for another rank's expert.
-    experts.routed_rows.copy_(torch.histc(index_TK.float(), bins=bins, min=0, max=bins)[:-1])
+    experts.routed_rows.copy_(torch.histc(index_TK, bins=bins, min=0, max=bins)[:-1])
 
 
 class RoutingCounter:

@@ -25,6 +25,7 @@ def _heat_map(
         values.numpy(), aspect="auto", vmin=span[0], vmax=span[1], interpolation="nearest", extent=extent
     )
     axes.set(xlabel=x, ylabel=y, title=title)
+    axes.locator_params(integer=True)
     figure.colorbar(image, ax=axes)
     figure.savefig(path, dpi=120)
 
