@@ -104,13 +104,27 @@ class CapturedGeneration:
         return sequences * tokens * self.dtype.itemsize < SHARE_OF_FREE_MEMORY * free_memory(self.device)
 
     def prepare_inputs_for_generation(
-        self: Any, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
+        self: Any,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """As Transformers', but where a sequence outgrows longrope's short factors, all keys are computed anew."""
+        """As Transformers', but where a sequence outgrows longrope's short factors, all keys are computed anew.
+
+        Raises:
+            ValueError: it outgrows them, and a part of it was given as embeddings, which are not kept.
+        """
         switch, cached = self.model.rotary_emb.switch, past_key_values.get_seq_length() if past_key_values else 0
-        if switch is not None and 0 < cached <= switch < input_ids.shape[1]:
+        length = input_ids.shape[1] if inputs_embeds is None else cached + 1
+        if switch is not None and 0 < cached <= switch < length:
+            if inputs_embeds is not None:
+                raise ValueError(
+                    f"with its {length}. token the text outgrows longrope's original_max_position_embeddings={switch}, "
+                    "and its keys cannot be computed anew from inputs_embeds: give input_ids"
+                )
             past_key_values, kwargs["next_sequence_length"] = None, None
-        kwargs["past_key_values"] = past_key_values
+        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
 
     def get_compiled_call(self: Any, compile_config: Any) -> Callable:
@@ -235,6 +249,9 @@ class CapturedGeneration:
     def _can_capture(self: Any, generation_config: GenerationConfig, model_kwargs: dict) -> bool:
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+            return False
+        # Of embeddings, `max_length` does not say how long the text becomes.
+        if model_kwargs.get("inputs_embeds") is not None and self.model.rotary_emb.switch is not None:
             return False
         return fits_replays(model_kwargs.get("past_key_values"), self.config) and self._may_replay(generation_config)
 

@@ -47,6 +47,33 @@ def test_caches_agree_under_autocast(variant):
         assert greedy(model, ids, cache_implementation="static").shape == (2, 17 + NEW)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_prompt_of_embeddings(variant, kind, recorder):
+    model, ids = tiny_model(variant), random_ids(2, 11)
+    expected = recomputed(model, ids)[:, 11:]
+    embeddings = model.get_input_embeddings()(ids)
+    assert greedy(model, None, inputs_embeds=embeddings, cache_implementation=kind).equal(expected)
+    recorder.on()
+    assert greedy(model, None, inputs_embeds=embeddings).equal(expected)
+    assert recorder.captures == 1
+
+
+@torch.no_grad()
+def test_embeddings_that_grow_beyond_longropes_first_length_are_refused(recorder):
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0], "factor": 4.0}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **factors}
+    model = tiny_model(rope_parameters=rope)
+    recorder.on()
+    for length, new in ((8, 8), (17, NEW)):
+        ids = random_ids(1, length)
+        embeddings = model.get_input_embeddings()(ids)
+        expected = recomputed(model, ids, new)[:, length:]
+        assert greedy(model, None, inputs_embeds=embeddings, max_new_tokens=new).equal(expected)
+    with pytest.raises(ValueError, match=r"17\. token .* original_max_position_embeddings=16"):
+        greedy(model, None, inputs_embeds=embeddings[:, :8], max_new_tokens=10)
+
+
 class LosslessLayer(QuantizedLayer):
     """A quantised cache whose backend keeps every bit: what Transformers does around it is left."""
 
