@@ -191,14 +191,7 @@ def _grouped_kernel(
     right = gl.allocate_shared_memory(dtype, wg.ring(STAGES, w.block_shape), w.layout)
     staging = gl.allocate_shared_memory(dtype, wg.ring(2 * SLOTS, a.block_shape), a.layout)
     alphas = gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    open_ = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        # Every copying thread says when its own copies have come.
-        mbarrier.init(full.index(stage), count=129 if GATHER else 1)
-        mbarrier.init(empty.index(stage), count=2)
-    mbarrier.init(open_.index(0), count=1)
+    full, empty, open_ = wg.barriers(GATHER)
     alphas.store(gl.full([64], 0.0, gl.float32, gl.BlockedLayout([1], [32], [4], [0])) + alpha)
     # The arguments stand here because a tuple with a name would turn constants into tensors.
     gl.warp_specialize(

@@ -47,6 +47,20 @@ def ring(count, block):
 
 
 @gluon.jit
+def barriers(GATHER: gl.constexpr):
+    """One for each full and each empty stage, and one that is always open."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    always = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        # Every copying thread says when its own copies have come.
+        mbarrier.init(full.index(stage), count=129 if GATHER else 1)
+        mbarrier.init(empty.index(stage), count=2)
+    mbarrier.init(always.index(0), count=1)
+    return full, empty, always
+
+
+@gluon.jit
 def following(stage, phase):
     wrap = stage == STAGES - 1
     return gl.where(wrap, 0, stage + 1), gl.where(wrap, phase ^ 1, phase)

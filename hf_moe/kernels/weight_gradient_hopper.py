@@ -144,14 +144,7 @@ def _weight_gradient_kernel(
     else:
         right_tiles = gl.allocate_shared_memory(dtype, wg.ring(STAGES, right.block_shape), right.layout)
     staging = gl.allocate_shared_memory(dtype, wg.ring(2 * SLOTS, dw.block_shape), dw.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    open_ = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        # Every copying thread says when its own copies have come.
-        mbarrier.init(full.index(stage), count=129 if GATHER else 1)
-        mbarrier.init(empty.index(stage), count=2)
-    mbarrier.init(open_.index(0), count=1)
+    full, empty, open_ = wg.barriers(GATHER)
     # The arguments stand here because a tuple with a name would turn constants into tensors.
     gl.warp_specialize(
         [
