@@ -13,10 +13,11 @@ from .adapted_gating import AdaptedGatingGradient, adapted_gating_gradient
 from .combine import combine, spread
 from .descriptors import dense_side
 from .gating import GATING_SCHEMA, Gating, gating_gradient
-from .grouped_linear import Adapter, grouped_linear
+from .grouped_linear import grouped_linear
 from .layer import Plan
 from .operators import Operator
 from .routing import ROUTING_SCHEMA, Routing, route, tile_capacity
+from .row_products import Adapter
 from .spread_low_rank import low_rank_of_tokens, spread_low_rank
 from .tuning import Tile, power_of_2
 from .up_projection import up_projection

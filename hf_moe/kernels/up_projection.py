@@ -12,9 +12,9 @@ from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from . import grouped_hopper
 from .descriptors import can_describe, dot_precision, programs, row_descriptor, weight_descriptor
 from .gating import Gating, act_and_slope, gate_forward
-from .grouped_linear import NO_ADAPTER, Adapter, dot_rows
 from .launching import launched
 from .routing import Routing
+from .row_products import NO_ADAPTER, Adapter, dot_rows
 from .tile_order import tile_of
 from .tuning import Tile, cdiv
 
