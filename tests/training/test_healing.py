@@ -7,8 +7,9 @@ import torch
 from tiny import random_ids, tiny_model
 
 from hf_moe.training import divergence as module
+from hf_moe.training.distillation import layer_distance, recorded
 from hf_moe.training.divergence import Head, divergence, measure_agreement
-from hf_moe.training.healing import Healing, compiled_layers, heal, layer_distance, recorded
+from hf_moe.training.healing import Healing, compiled_layers, heal
 from hf_moe.training.uniform import can_be_padded, copy_back, padded
 
 # Trainer announces its own coming changes; a tiny run holds no GPU.
