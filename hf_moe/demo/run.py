@@ -10,10 +10,9 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
 
-from hf_moe.cost import parameters
-from hf_moe.training import measure_expert_load
-from hf_moe.upcycling import Options, make_plan, open_source, upcycle, verify
-
+from ..cost import parameters
+from ..training import measure_expert_load
+from ..upcycling import Options, make_plan, open_source, upcycle, verify
 from .arithmetic import ChatExamples, exact_match, held_out_problems, training_problems
 from .finetune import finetune
 from .progress import Progress

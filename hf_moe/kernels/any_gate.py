@@ -106,7 +106,9 @@ def experts_with_gate(x_TD, index_TK, weight_TK, up_EHD, down_EDF, up_bias_EH, d
         gate: (N, H) → (N, F), for instance a module's own `_apply_gate`. The rest is as for `experts`.
     """
     if index_TK.shape[0] == 0:
-        return x_TD * 1
+        # Each weight gets its zero gradient: processes that share it wait for one.
+        given = (weight_TK, up_EHD, down_EDF, up_bias_EH, down_bias_ED)
+        return x_TD + sum(tensor[:0].sum() for tensor in given if tensor is not None)
     T, K = index_TK.shape
     routing = _run_route(index_TK, x_TD, up_EHD.shape[0])
     h_NH = _run_grouped_linear(x_TD, up_EHD, up_bias_EH, *routing, K)

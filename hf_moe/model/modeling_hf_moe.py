@@ -543,7 +543,10 @@ def target_share(
 
 
 class _HfMoeHead(HfMoePreTrainedModel):
-    """Holds the base model directly: Transformers' generic heads look it up in AutoModel, which remote code lacks."""
+    """Holds the base model directly: Transformers' generic heads look it up in AutoModel, which remote code lacks.
+
+    The router's losses are the language model's: training with another head adds none.
+    """
 
     def __init__(self, config: HfMoeConfig):
         super().__init__(config)

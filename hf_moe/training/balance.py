@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_moe.model.modeling_hf_moe import HfMoeModel
-from hf_moe.model.routing_hf_moe import HfMoeTopkRouter
-
+from ..model.modeling_hf_moe import HfMoeModel
+from ..model.routing_hf_moe import HfMoeTopkRouter
 from .load import experts_in_all, experts_of
 from .metrics import ExpertLoadCallback
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_moe.kernels.experts import is_experts
+from ..kernels.experts import is_experts
 
 
 class ExpertLoad:

@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
 
-from hf_moe.kernels.adapters import Adapter, adapted_experts_forward
-from hf_moe.kernels.experts import NAME, is_experts
+from ..kernels.adapters import Adapter, adapted_experts_forward
+from ..kernels.experts import NAME, is_experts
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -142,8 +142,8 @@ def test_the_same_call_twice_gives_the_same_bits():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_gate_of_ones_own():
-    shape = NAMED["sentinels"]
+@pytest.mark.parametrize("shape", [NAMED["sentinels"], NAMED["T=0"]], ids=["sentinels", "T=0"])
+def test_a_gate_of_ones_own(shape):
     tensors, index_TK, dout = inputs(shape, torch.float32), index(shape), normal(shape.T, shape.D, seed=7)
     fused = run(experts, tensors, index_TK, dout)
     own = run(
