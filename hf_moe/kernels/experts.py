@@ -124,7 +124,8 @@ def experts_forward(
         self: an experts module of Transformers (`@use_experts_implementation`). Its flags count: is_transposed,
             is_concatenated, has_bias, has_gate, and a gate of its own; a gate or activation that the kernels do not
             know runs between two grouped products. Without a GPU, or with has_post_expert_norm, the call goes to
-            Transformers' "grouped_mm", and the reason is logged: once as a warning on a GPU, as information elsewhere.
+            Transformers' "grouped_mm" (in fp64 "batched_mm"), and the reason is logged: once as a warning on a GPU, as
+            information elsewhere.
         hidden_states: (T, D). Under autocast everything is cast to its dtype, otherwise to the weights' dtype.
         top_k_index: (T, K). An id that is no expert's (an expert-parallel sentinel) adds exactly zero.
         top_k_weights: (T, K), any float dtype.
@@ -134,11 +135,14 @@ def experts_forward(
     """
     reason = reason_to_fall_back(self, hidden_states)
     if reason is not None:
+        # torch has no grouped product in fp64.
+        name = "batched_mm" if self.down_proj.dtype == torch.float64 else "grouped_mm"
         # Without a GPU this is the rule and no news; and logging would break a graph that is being compiled.
         if not torch.compiler.is_compiling():
             say = logger.warning_once if hidden_states.device.type == "cuda" else logger.info
-            say(f"{NAME}: {type(self).__name__} runs with grouped_mm, because {reason}.")
-        return hf_moe_integration.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+            say(f"{NAME}: {type(self).__name__} runs with {name}, because {reason}.")
+        fallback = hf_moe_integration.ALL_EXPERTS_FUNCTIONS[name]
+        return fallback(self, hidden_states, top_k_index, top_k_weights)
     from . import any_gate, layer
 
     name = "gate_up_proj" if self.has_gate else "up_proj"

@@ -60,6 +60,17 @@ def test_the_cpu_falls_back_to_grouped_mm_with_the_same_numbers(monkeypatch):
     assert "grouped_mm, because its tensors are on 'cpu'" in reasons[0]
 
 
+def test_a_model_in_double_precision_runs():
+    model, ids = small_mixtral(), torch.arange(12).view(2, 6)
+    single = model(ids).logits
+    model = experts.accelerate(model.double())
+    model.set_experts_implementation("eager")
+    expected = model(ids).logits
+    model.set_experts_implementation(experts.NAME)
+    torch.testing.assert_close(model(ids).logits, expected)
+    torch.testing.assert_close(expected.float(), single, rtol=1e-4, atol=1e-5)
+
+
 def test_the_fallback_compiles_in_one_graph():
     model = experts.accelerate(small_mixtral())
     ids = torch.arange(12).view(2, 6)
