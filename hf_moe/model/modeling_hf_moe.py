@@ -397,7 +397,9 @@ class HfMoeModel(HfMoePreTrainedModel):
             for layer_type in self.rotary_emb.layer_types
         }
         ropes = self.rotary_emb.of_layers(tables)
-        for layer, layer_type, rope in zip(self.layers, self.config.layer_types, ropes, strict=False):
+        # `generate(assistant_early_exit=…)` drafts with fewer layers.
+        layer_types = self.config.layer_types[: self.config.num_hidden_layers]
+        for layer, layer_type, rope in zip(self.layers, layer_types, ropes, strict=False):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],

@@ -120,7 +120,7 @@ def test_sampling_draws_from_the_same_distribution(variant):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["assistant", "prompt_lookup"])
+@pytest.mark.parametrize("kind", ["assistant", "early_exit", "prompt_lookup"])
 def test_assisted_decoding(variant, kind):
     model, ids = tiny_model(variant), random_ids(1, 12)
     if kind == "assistant":
@@ -128,6 +128,8 @@ def test_assisted_decoding(variant, kind):
         for parameter in assistant.parameters():  # agrees often, not always
             parameter.mul_(1.01)
         options = {"assistant_model": assistant}
+    elif kind == "early_exit":
+        options = {"assistant_early_exit": 2}
     else:
         ids = torch.cat((ids, ids), dim=1)
         options = {"prompt_lookup_num_tokens": 3}
