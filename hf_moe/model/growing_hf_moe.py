@@ -21,6 +21,8 @@ class GrowingLayer(DynamicLayer):
     Where a tracer or a gradient needs new tensors, it does the same.
     """
 
+    keys: Any
+    values: Any
     key_room: torch.Tensor | None = None
     value_room: torch.Tensor | None = None
 
