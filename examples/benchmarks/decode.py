@@ -23,6 +23,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, 
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
+from hf_moe.model.growing_hf_moe import grow_in_place
 
 SHAPES = {
     "v2-lite": {
@@ -129,6 +130,8 @@ def filled_cache(model, static: bool, batch: int, context: int, room: int):
     """A cache of `context` random tokens a sequence."""
     config = model.config
     cache = StaticCache(config=config, max_cache_len=context + room) if static else DynamicCache(config=config)
+    if isinstance(model, HfMoeForCausalLM):
+        grow_in_place(cache)  # as its `generate` does
     for layer in range(config.num_hidden_layers):
         shape = (batch, 1, context)
         latent = torch.randn(*shape, config.kv_lora_rank, device=model.device, dtype=model.dtype)

@@ -54,11 +54,15 @@ def _attend_kernel(
         q_latent = tl.load(q_latent_ptr + row[:, None] * C + c, mask=is_row[:, None] & (c < C), other=0.0)
 
     # What the rows see: slots from `low` to `high`, each row up to `until` and, in a window, from `until - window` on.
-    low, high = 0, L
+    low, high, nothing = 0, L, 0.0
     if start_ptr is not None:
         low = tl.load(start_ptr + b).to(tl.int32)
     if end_ptr is not None:
         high = tl.load(end_ptr + b * end_b).to(tl.int32)
+        if query_ptr is None:
+            # A cache that took more tokens than it has slots: nobody may read on, or believe the result.
+            nothing = tl.where(high > L, float("nan"), 0.0)
+            high = tl.minimum(high, L)
     until = tl.where(is_row, high, 0)
     if CAUSAL:
         until = tl.where(is_row, high - S + s + 1, 0)
@@ -97,7 +101,7 @@ def _attend_kernel(
         rot_p = g * P + p
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
-    sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sums = tl.full((BLOCK_R, BLOCK_C), nothing, tl.float32)
     for begin in range(low, high, BLOCK_L):
         at = begin + l
         written = at < high
@@ -284,7 +288,7 @@ def latent_decode(
             out: where there is no mask, or an end.
         start_B, end_B: integers, the first slot of each sequence and the one behind its last: 0 and L where left out.
             One end for all may have one element. A static cache costs what is written in it; up to 63 tokens more may
-            be read, which must be finite.
+            be read, which must be finite. A sequence that ends behind L, in a cache that took too many, gets NaN.
         window: a causal query sees this many tokens, its own the last.
         softcap: scores become softcap · tanh(score / softcap). sinks_H: one more logit a head, in the divisor alone.
         value_HVC: W_uv, to be applied to the result.

@@ -195,6 +195,9 @@ def _attend_kernel(
         low = gl.load(start_ptr + b).to(gl.int32)
     if end_ptr is not None:
         high = gl.load(end_ptr + b * end_b).to(gl.int32)
+        # A cache that took more tokens than it has slots: nobody may read on, or believe the result.
+        scale = gl.where(high > L, float("nan"), scale)
+        high = gl.minimum(high, L)
     if WINDOW:
         low = gl.maximum(low, high - S + 1 - window)
     tiles = gl.cdiv(gl.maximum(high - low, 0), BLOCK)

@@ -15,6 +15,8 @@ from .tuning import cdiv, power_of_2
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Of one row's parts, for 16 warps: 32 registers a thread.
 _NUMBERS_AT_ONCE = 16384
+# A number for every second thread.
+_LOGS = 256
 
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["S"])
@@ -106,8 +108,9 @@ def join(
         V = value_HVC.shape[1]
         out = out_BHSC.new_empty((B, S, H, V))
         block_c, block_v = max(power_of_2(C), 64), min(power_of_2(V), 32)
-        n = power_of_2(N)
-        step = min(n, max(_NUMBERS_AT_ONCE // block_c, 1))
+        # Few sizes, since each compiles anew as a text grows: all parts at once, or a step of them and a row of logs.
+        step = max(_NUMBERS_AT_ONCE // block_c, 1)
+        n = step if step >= N else max(power_of_2(N), _LOGS)
         _join_values_kernel[(H, cdiv(V, block_v), B * S)](
             part_TNC, log_TN, sinks_H, value_HVC, out, value_HVC.stride(0), value_HVC.stride(1), H, S, N,
             C, V, block_c, n, step, block_v, chained, num_warps=16, launch_pdl=chained,

@@ -186,6 +186,7 @@ def latent_decode(
     if sinks_H is not None:
         score = torch.cat((score, sinks_H.to(score.dtype).view(1, H, 1, 1).expand(*score.shape[:3], 1)), dim=-1)
     out = score.softmax(-1).nan_to_num()[..., :L] @ latent
+    out = out.masked_fill((end > L).view(-1, 1, 1, 1), torch.nan)
     return out if value_HVC is None else torch.einsum("bhsc,hvc->bshv", out, value_HVC)
 
 

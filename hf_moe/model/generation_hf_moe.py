@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
+from .growing_hf_moe import grow_in_place, rounded
 from .kept_hf_moe import circumstances, forget, keep, take
 from .replay_hf_moe import DecodeStep, Report, capture_cuda_graph
 from .slots_hf_moe import ReplayedCache, fits_replays, is_static, is_unfilled
@@ -22,12 +23,6 @@ from .slots_hf_moe import ReplayedCache, fits_replays, is_static, is_unfilled
 SHARE_OF_FREE_MEMORY = 0.5
 # Where there are CUDA graphs.
 REPLAYING_DEVICES = ("cuda",)
-
-
-def rounded(length: int) -> int:
-    """A cache's length with room for the next, longer text: at most an eighth more, or 256 tokens."""
-    step = max(256, 1 << max(0, length.bit_length() - 4))
-    return (length + step - 1) // step * step
 
 
 def free_memory(device: torch.device) -> int:
@@ -67,7 +62,7 @@ class CapturedGeneration:
         generation_mode: GenerationMode,
         batch_size: int,
         max_cache_length: int,
-    ) -> Any:
+    ) -> None:
         past = model_kwargs.get("past_key_values")
         if isinstance(past, ReplayedCache) and past.length < max_cache_length:
             past.make_room(self.config, rounded(max_cache_length))
@@ -81,9 +76,11 @@ class CapturedGeneration:
                 cache.made_for = made_for
             if cache is not None:
                 model_kwargs["past_key_values"] = cache
-                return None
+                return
         arguments = generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        return super()._prepare_cache_for_generation(*arguments)  # type: ignore[misc]
+        super()._prepare_cache_for_generation(*arguments)  # type: ignore[misc]
+        if past is None and self.device.type not in REPLAYING_DEVICES:
+            grow_in_place(model_kwargs.get("past_key_values"))
 
     def _may_be_static(self: Any, generation_config: GenerationConfig, generation_mode: GenerationMode) -> bool:
         """Whether a static cache was asked for, or may be taken by default, and its steps are replayed."""

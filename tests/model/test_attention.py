@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tiny import TINY, random_ids, tiny_config, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from hf_moe.model import absorbed_hf_moe
 from hf_moe.model.absorbed_hf_moe import absorbed_attention, absorption_pays
 from hf_moe.model.attention_hf_moe import HfMoeAttention
 from hf_moe.model.rotary_hf_moe import HfMoeRotaryEmbedding
@@ -66,6 +68,48 @@ def test_absorbed_form_is_the_formula(variant, query_length):
     out, _ = absorbed_attention(layer, query, latent, k_rot, mask, 0.0)
     out = layer.o_proj(out.reshape(*out.shape[:2], -1))
     torch.testing.assert_close(out, formula(layer, x, rope)[:, -query_length:], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_absorbed_form_on_a_cpu_without_16_bit_products(variant, dtype, monkeypatch):
+    layer, x, rope = attention_inputs(variant, query_length=1, seen=63)
+    layer.to(dtype)
+    rounded = [t.to(dtype) for t in layer.project(x.to(dtype), tuple(t.to(dtype) for t in rope))]
+    errors = {}
+    for has_products in (True, False):
+        monkeypatch.setattr(absorbed_hf_moe, "_is_multiplied", lambda _, answer=has_products: answer)
+        query, latent, k_rot = rounded
+        out, weights = absorbed_attention(layer, query[:, :, -1:], latent, k_rot, None, 0.0)
+        assert out.dtype == weights.dtype == dtype
+        query, latent, k_rot = (t.double() for t in rounded)
+        truth, _ = absorbed_attention(layer.double(), query[:, :, -1:], latent, k_rot, None, 0.0)
+        layer.to(dtype)
+        errors[has_products] = (out - truth).abs().max()
+    assert 0 < errors[False] <= errors[True]
+
+
+class Copies(TorchDispatchMode):
+    """Sizes of the tensors that hold another's numbers in memory of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::clone", "aten::copy_", "aten::contiguous"):
+            self.sizes.append(out.numel())
+        return out
+
+
+@torch.no_grad()
+def test_absorbed_form_copies_neither_cache_nor_weight(variant):
+    layer, x, rope = attention_inputs(variant, query_length=1, seen=63)
+    query, latent, k_rot = layer.project(x, rope)
+    with Copies() as copies:
+        absorbed_attention(layer, query[:, :, -1:], latent, k_rot, None, 0.0)
+    assert max(copies.sizes, default=0) < min(latent.numel(), k_rot.numel(), layer.kv_b_proj.weight.numel())
 
 
 @torch.no_grad()

@@ -98,6 +98,17 @@ def test_each_sequence_from_its_start_to_its_end(name, window):
     assert latent_decode(*poisoned, scaling=0.2, end_B=ends, window=window).isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"softcap": 2.0}, {"sinks_H": torch.zeros(4, device=DEVICE)}])
+@pytest.mark.parametrize("name", ["one query", "several queries"])
+def test_a_cache_that_took_too_many_tokens_gives_no_numbers(name, options):
+    tensors = inputs(SHAPES[name])
+    L = SHAPES[name][4]
+    options = options | {"scaling": 0.2, "end_B": integers(L - 7, L + 1)}
+    out, expected = latent_decode(*tensors, **options), reference.latent_decode(*tensors, **options)
+    assert out[1].isnan().all()
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
 def test_one_end_for_all_beside_a_mask():
     tensors = inputs(SHAPES["one query"])
     mask = torch.ones(2, 1, 1, 70, dtype=torch.bool, device=DEVICE)
@@ -192,7 +203,9 @@ def test_bulk_copies(name, monkeypatch):
     padding = (torch.arange(L, device=DEVICE) >= starts[:, None] * 30)[:, None, None]
     check(tensors, attention_mask=padding, end_B=ends[:1])
     check(tensors, value_HVC=torch.randn(H, 16, C, generator=torch.Generator().manual_seed(4)).to(DEVICE, dtype))
-    assert len(calls) == 5
+    over = integers(*range(L + 2 - B, L + 2))
+    assert latent_decode(*tensors, scaling=0.2, end_B=over)[-1].isnan().all()
+    assert len(calls) == 6
     poisoned = [t.clone() for t in tensors]
     poisoned[2][:, :, 640:] = torch.nan
     assert latent_decode(*poisoned, scaling=0.2, end_B=integers(600)).isfinite().all()
