@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from ..model.attention_hf_moe import HfMoeAttention
 from .agreement import agreement, divergences
 from .budget import Candidate
-from .factors import Latent, Weights, by_loss, candidates, compress_layer, factor, latent_rows, query_rows, refit
+from .compressed_layer import Layer, make_layer, with_bottleneck
+from .factors import Weights, candidates, latent_rows, query_rows, refit
 from .layerwise import Passage
-from .query_bottleneck import Bottleneck, narrow, query_moments
+from .query_bottleneck import narrow, query_moments
 from .random import Draws
 from .source_attention import SourceAttention, before_output, rope_of, weights_at
 from .statistics import Reader, Statistics, measure
@@ -129,42 +129,6 @@ def _measure(
 
     reader = Reader(len(passage.hidden) - text.held_out, project, attend, torch.complex(cos, sin))
     return measure(source.heads, reader, rotate)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A compressed layer: the rotary pairs that it keeps, its latent, its tensors, and the module that they make.
-
-    queries: their bottleneck, where they have one.
-    """
-
-    kept: torch.Tensor
-    latent: Latent
-    width: Width
-    tensors: dict[str, torch.Tensor]
-    attention: HfMoeAttention
-    queries: Bottleneck | None = None
-
-
-def make_layer(source: SourceAttention, layer: int, weights: Weights, statistics: Statistics, size: Candidate) -> Layer:
-    """A layer of the given size."""
-    kept = by_loss(statistics)[: size.pairs]
-    latent = factor(statistics, kept, size.latent)
-    tensors = compress_layer(source.heads, weights, statistics, kept, latent)
-    frequencies = tuple((kept // source.limits.groups).tolist()) if source.limits.keys else None
-    width = Width(size.latent, frequencies)
-    return Layer(kept, latent, width, tensors, source.compressed(layer, width, tensors))
-
-
-def with_bottleneck(
-    source: SourceAttention, layer: int, weights: Weights, statistics: Statistics, made: Layer, queries: Bottleneck
-) -> Layer:
-    """The layer with its queries through a bottleneck."""
-    tensors = {name: tensor for name, tensor in made.tensors.items() if name != "q_proj"}
-    tensors["q_a_proj"] = queries.project @ weights.query
-    tensors["q_b_proj"] = query_rows(source.heads, statistics, made.kept, queries.expand)
-    attention = source.compressed(layer, made.width, tensors)
-    return replace(made, tensors=tensors, attention=attention, queries=queries)
 
 
 @dataclass(frozen=True)
