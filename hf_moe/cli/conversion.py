@@ -134,6 +134,14 @@ MaxKl = Annotated[
     float | None,
     typer.Option(help="Smallest cache within this KL on calibration text, nats.", rich_help_panel=ATTENTION),
 ]
+QueryRank = Annotated[
+    int | None,
+    typer.Option(
+        help="Width of a bottleneck for the queries of compress, at a price in the ledger. It saves weights and "
+        "work below D·Q / (D + Q) only, D the hidden size, Q the numbers of all query heads; plan shows both.",
+        rich_help_panel=ATTENTION,
+    ),
+]
 Uniform = Annotated[bool, typer.Option("--uniform", help="The same sizes in every layer.", rich_help_panel=ATTENTION)]
 Dtype = Annotated[
     str,
@@ -167,6 +175,7 @@ def plan(
     kv_rank: KvRank = None,
     rope_dim: RopeDim = None,
     max_kl: MaxKl = None,
+    query_rank: QueryRank = None,
     uniform: Uniform = False,
     dtype: Dtype = "auto",
     max_shard_bytes: ShardBytes = 1_000_000_000,
@@ -214,6 +223,7 @@ def upcycle(
     kv_rank: KvRank = None,
     rope_dim: RopeDim = None,
     max_kl: MaxKl = None,
+    query_rank: QueryRank = None,
     uniform: Uniform = False,
     dtype: Dtype = "auto",
     seed: Seed = 0,

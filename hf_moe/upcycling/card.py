@@ -284,7 +284,7 @@ def command_line(plan: Plan, source: Source, name: str) -> str:
     if options.dense_layers:
         words += ["--dense-layers", ",".join(map(str, options.dense_layers))]
     words += ["--attention", options.attention]
-    for name in ("cache_ratio", "kv_rank", "rope_dim", "max_kl"):
+    for name in ("cache_ratio", "kv_rank", "rope_dim", "max_kl", "query_rank"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name.replace('_', '-')}", value]
     words += ["--uniform"] if options.uniform else []

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from ..model.attention_hf_moe import HfMoeAttention
 from .agreement import agreement, divergences
 from .budget import Candidate
-from .factors import Latent, Weights, by_loss, candidates, compress_layer, factor, latent_rows, refit
+from .compressed_layer import Layer, make_layer, with_bottleneck
+from .factors import Weights, candidates, latent_rows, query_rows, refit
 from .layerwise import Passage
+from .query_bottleneck import narrow, query_moments
 from .random import Draws
 from .source_attention import SourceAttention, before_output, rope_of, weights_at
 from .statistics import Reader, Statistics, measure
@@ -131,27 +132,6 @@ def _measure(
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A compressed layer: the rotary pairs that it keeps, its latent, its tensors, and the module that they make."""
-
-    kept: torch.Tensor
-    latent: Latent
-    width: Width
-    tensors: dict[str, torch.Tensor]
-    attention: HfMoeAttention
-
-
-def make_layer(source: SourceAttention, layer: int, weights: Weights, statistics: Statistics, size: Candidate) -> Layer:
-    """A layer of the given size."""
-    kept = by_loss(statistics)[: size.pairs]
-    latent = factor(statistics, kept, size.latent)
-    tensors = compress_layer(source.heads, weights, statistics, kept, latent)
-    frequencies = tuple((kept // source.limits.groups).tolist()) if source.limits.keys else None
-    width = Width(size.latent, frequencies)
-    return Layer(kept, latent, width, tensors, source.compressed(layer, width, tensors))
-
-
-@dataclass(frozen=True)
 class Built:
     """What the second pass made. layers: a ledger's row for each. model: how far the whole is from the source."""
 
@@ -167,6 +147,7 @@ def build(
     text: Text,
     keep: Callable[[int, dict[str, torch.Tensor]], None],
     advance: Advance,
+    seed: int = 0,
 ) -> Built:
     """The second pass.
 
@@ -174,12 +155,14 @@ def build(
         sizes: one for each layer. keep: is given each layer's tensors.
     Cost: two forward passes over the text.
     """
-    builder = Builder(source, found, sizes, text, keep)
+    builder = Builder(source, found, sizes, text, keep, seed=seed)
     return builder.result(source.dense.run(text.ids, builder.visit, advance))
 
 
 class Builder:
     """One compressed model in the making, layer by layer beside the source; several may share its pass."""
+
+    narrow = staticmethod(narrow)
 
     def __init__(
         self,
@@ -189,8 +172,10 @@ class Builder:
         text: Text,
         keep: Callable[[int, dict[str, torch.Tensor]], None],
         fit: bool = True,
+        seed: int = 0,
     ):
-        self.source, self.found, self.sizes, self.text, self.keep, self.fit = source, found, sizes, text, keep, fit
+        self.source, self.found, self.sizes, self.text, self.keep = source, found, sizes, text, keep
+        self.fit, self.seed = fit, seed
         self.widths: list[Width] = []
         self.rows: list[dict[str, Any]] = []
         self.stream: list[torch.Tensor] = []
@@ -204,6 +189,15 @@ class Builder:
         if not self.stream:
             self.stream = list(passage.hidden)
         rope, mask = rope_of(passage, made.width.frequencies), passage.arguments.get("attention_mask")
+
+        if (rank := source.fields.get("q_lora_rank")) is not None:
+            eye = torch.eye(len(weights.query), dtype=torch.float64, device=source.dense.device)
+            rows = query_rows(source.heads, statistics, made.kept, eye)
+            inputs = (passage.attention_input(own) for own in self.stream[self.text.learnt])
+            name = f"{self.seed}/{layer}/query"
+            moments = query_moments(made.attention, rows, inputs, rope, mask, name)
+            queries = self.narrow(weights.query, *moments, rank)
+            made = with_bottleneck(source, layer, weights, statistics, made, queries)
 
         def read(x: torch.Tensor) -> torch.Tensor:
             return before_output(made.attention, x, rope, mask)
@@ -260,8 +254,10 @@ class _Errors:
         self, source: SourceAttention, passage: Passage, weights: Weights, statistics: Statistics, made: Layer
     ):
         self.passage, self.latent, self.mean_Y = passage, made.latent, statistics.mean_Y
+        self.queries, self.query = made.queries, weights.query
         self.rows, self.keys = latent_rows(source.heads, weights, statistics), 2 * len(statistics.without_rope_J)
-        self.sums = {name: [0.0, 0.0] for name in ("keys", "values", "output")}
+        names = ("queries", "keys", "values", "output") if made.queries else ("keys", "values", "output")
+        self.sums = {name: [0.0, 0.0] for name in names}
 
     def add(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Of one sequence: the layer's input in the source, and what the compressed attention puts out."""
@@ -270,11 +266,15 @@ class _Errors:
         error, exact = torch.zeros_like(y), self.passage.attention_output(x)
         centred = y[:, latent.index] - self.mean_Y[latent.index]
         error[:, latent.index] = centred - centred @ latent.project.T @ latent.expand.T
-        for name, wrong, whole in (
-            ("keys", error[:, : self.keys], y[:, : self.keys]),
-            ("values", error[:, self.keys :], y[:, self.keys :]),
-            ("output", out - exact, exact),
-        ):
+        compared = {
+            "keys": (error[:, : self.keys], y[:, : self.keys]),
+            "values": (error[:, self.keys :], y[:, self.keys :]),
+            "output": (out - exact, exact),
+        }
+        if self.queries is not None:
+            query = x[0].double() @ self.query[:, :-1].T + self.query[:, -1]
+            compared["queries"] = (query - query @ self.queries.project.T @ self.queries.expand.T, query)
+        for name, (wrong, whole) in compared.items():
             self.sums[name][0] += float(wrong.double().square().sum())
             self.sums[name][1] += float(whole.double().square().sum())
 
@@ -286,7 +286,8 @@ class _Errors:
 def _ledger_row(statistics: Statistics, size: Candidate, made: Layer, layer: int) -> dict[str, Any]:
     """Sizes and predictions of one layer."""
     frequencies = made.width.frequencies
-    return {
+    queries = {} if made.queries is None else {"predicted_query_tail": made.queries.tail}
+    return queries | {
         "layer": layer,
         "cache_numbers": size.numbers,
         "latent": size.latent,

@@ -105,6 +105,10 @@ def _attention(plan: Plan, source: Source) -> Demand:
     # How many intermediates there are at a time is of measurement.
     survey = (rows + layers) * state + learnt * row * latent * _FLOAT + 9 * scores + 5 * moments
     build = 2 * rows * state + 20 * moments + 3 * (heads * width) ** 2 * _DOUBLE
+    if options.query_rank is not None:
+        # Rows of the queries, their two moments and what factoring them takes.
+        numbers, made = heads * width, heads * (plan.config["qk_nope_head_dim"] + plan.config["qk_rope_head_dim"])
+        build += 8 * scores + _DOUBLE * (2 * made * numbers + 6 * numbers**2)
     vocabulary = config["vocab_size"] * (hidden + 8 * 128) * _FLOAT
     memory = max(weights + max(survey, build), vocabulary + 2 * rows * state)
 
@@ -112,6 +116,8 @@ def _attention(plan: Plan, source: Source) -> Demand:
     # A limit on the price is met by a few tries.
     runs = 2 + 2 * (1 if options.max_kl is None else 3)
     flops = layers * rows * (runs * forward + 16 * row**2 * heads * pairs) + layers**2 // 2 * forward
+    if options.query_rank is not None:
+        flops += layers * (learnt * 10 * row**2 * heads * width + 22 * (heads * width) ** 3)
     # Eigenvalues of each number of pairs that is tried.
     flops += layers * 15 * 9 * latent**3
     return Demand(rows * row, memory, 0, layers * 2 * moments, flops)

@@ -19,6 +19,8 @@ from .statistics import Heads, Statistics
 from .threads import one_thread
 
 _RIDGE = 1e-6
+# Modules of the target's attention whose tensors have no bias as a last column.
+WITHOUT_BIAS = ("kv_b_proj", "q_b_proj")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _counts(pairs: int) -> list[int]:
 def compress_layer(
     heads: Heads, weights: Weights, statistics: Statistics, kept: torch.Tensor, latent: Latent
 ) -> dict[str, torch.Tensor]:
-    """Modules of the target's attention → tensors, biases as a last column but for `kv_b_proj`, which has none.
+    """Modules of the target's attention → tensors, biases as a last column but for `WITHOUT_BIAS`.
 
     Args:
         kept: rotary pairs, in the order of the rotary key.
@@ -120,21 +122,26 @@ def compress_layer(
         turn = statistics.turn_HJ.unflatten(1, statistics.rotation.shape)
         key_up = torch.einsum("fhj,hfj,fjc->hfc", statistics.rotation.out[:, group], turn, key_up)
         value_up = torch.cat([key_up.real, key_up.imag, value_up], dim=1)
-        free = weights.query.unflatten(0, (heads.heads, -1))
-        rotary = counter_rotated(statistics.rotation, weights.query, heads.heads, kept)
-        query = torch.cat([free, rotary], dim=1).flatten(0, 1)
         key = as_halves(shared_keys(statistics.rotation, weights.key)[kept])
     else:
-        query, key = weights.query, weights.key
+        key = weights.key
     output = weights.output.clone()
     output[:, -1] += output[:, :-1] @ value_constant
     down = torch.cat([down, key])
     return {
-        "q_proj": query,
+        "q_proj": query_rows(heads, statistics, kept, weights.query),
         "kv_a_proj_with_mqa": down,
         "kv_b_proj": value_up.flatten(0, 1),
         "o_proj": output,
     }
+
+
+def query_rows(heads: Heads, statistics: Statistics, kept: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (H·(N + P), …) of the target's queries from those of the source (H·2F, …): linear, head by head."""
+    if not heads.keys:
+        return rows
+    free, rotary = rows.unflatten(0, (heads.heads, -1)), counter_rotated(statistics.rotation, rows, heads.heads, kept)
+    return torch.cat([free, rotary], dim=1).flatten(0, 1)
 
 
 def latent_rows(heads: Heads, weights: Weights, statistics: Statistics) -> torch.Tensor:

@@ -77,7 +77,7 @@ class Layout:
         self.dtype = DTYPES[options.dtype] or max(sorted(set(floats)), key=floats.count)
         self.widths = None
         if options.attention == "compress":
-            limits = limits_of(self.fields, family.model_type)
+            limits = limits_of(self.exact_config(), family.model_type)
             check_budget(options, limits, family.model_type)
             self.widths = widths or provisional(options, limits)
 
@@ -158,6 +158,8 @@ class Layout:
             "topk_each_group": self.grouped,
             "routed_scaling_factor": self.residual * (shares if options.split_scale == "factor" else 1.0),
         }
+        if options.query_rank is not None:
+            fields |= {"q_lora_rank": options.query_rank, "q_a_layernorm": False}
         return fields
 
     def tensors(self) -> Iterator[TargetTensor]:

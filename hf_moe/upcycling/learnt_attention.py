@@ -14,6 +14,7 @@ import torch
 
 from .budget import Candidate, allocate, uniform
 from .compression import Built, Survey, Text, build, survey
+from .factors import WITHOUT_BIAS
 from .families import family_of
 from .layerwise import DenseLayers
 from .ledger import LEDGER_NAME, write_ledger
@@ -60,9 +61,9 @@ def learn_attention(
         def made(sizes: list[Candidate]) -> Built:
             writer = AttentionWriter(folder / f".{ATTENTION_NAME}", fields, sizes, multiplier)
             with writer, step_bar("compressing the attention", limits.layers, progress) as advance:
-                return build(opened(), found, sizes, text, writer.keep, advance)
+                return build(opened(), found, sizes, text, writer.keep, advance, options.seed)
 
-        built = _within(found, limits, options.max_kl, options.uniform, made) if options.max_kl else None
+        built = _within(found, limits, options, made) if options.max_kl else None
         built = built or made(choose(found, limits, options))
     os.replace(folder / f".{ATTENTION_NAME}", folder / ATTENTION_NAME)
     about = {
@@ -102,8 +103,14 @@ def choose(found: Survey, limits: Limits, options: Options) -> list[Candidate]:
     return allocate(found.candidates, int(options.cache_ratio * limits.numbers * limits.layers))
 
 
-def _within(found: Survey, limits: Limits, most: float, same: bool, made: Any) -> Built:
-    """The smallest cache whose measured KL is within `most`, by secant steps on what is predicted; exact if none is."""
+def _within(found: Survey, limits: Limits, options: Options, made: Any) -> Built:
+    """The smallest cache whose measured KL is within `max_kl`, by secant steps on what is predicted; exact if none is.
+
+    Raises:
+        ValueError: the queries' bottleneck alone costs more.
+    """
+    assert options.max_kl is not None
+    most, same = options.max_kl, options.uniform
     full = limits.numbers * (1 if same else limits.layers)
     low, high, goal, best = 0, full, most, None
     for _ in range(_TRIES):
@@ -118,7 +125,10 @@ def _within(found: Survey, limits: Limits, most: float, same: bool, made: Any) -
         else:
             low = total
         goal *= most / max(kl, 0.1 * most)
-    return made(_sizes(found, full if best is None else best, same))
+    built = made(_sizes(found, full if best is None else best, same))
+    if options.query_rank is not None and (kl := built.model["kl"]) > most:
+        raise ValueError(f"query_rank={options.query_rank} alone costs a KL of {kl:.3g}, above max_kl={most}")
+    return built
 
 
 def _curve(found: Survey, limits: Limits, same: bool) -> list[dict[str, float]]:
@@ -169,7 +179,7 @@ class AttentionWriter:
         for tensor in self.layers[layer]:
             module, _, kind = tensor.name.removeprefix(f"layers.{layer}.self_attn.").rpartition(".")
             whole = tensors[module]
-            if module != "kv_b_proj":
+            if module not in WITHOUT_BIAS:
                 whole = whole[:, -1] if kind == "bias" else whole[:, :-1]
             if module == "o_proj":
                 whole = whole * self.multiplier

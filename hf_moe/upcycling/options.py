@@ -48,6 +48,8 @@ class Options:
         drop_ratio: share of the neurons that `drop` draws anew. noise_std: strength of `noise`.
         attention: a key of `ATTENTIONS`. "compress" needs one of `cache_ratio`, share of the source's cache;
             `kv_rank` with `rope_dim`, latent and rotary numbers of every layer; `max_kl`, nats a token on text.
+        query_rank: width of a bottleneck that a compressed attention's queries go through, the same in every layer;
+            None for none. Fewer weights below D·Q / (D + Q) of D inputs and Q query numbers only.
         uniform: whether `cache_ratio` and `max_kl` give every layer the same sizes.
         router: a key of `ROUTERS`, with `router_std`; "activity" by default in mode
             `cluster`, "random" elsewhere.
@@ -76,6 +78,7 @@ class Options:
     kv_rank: int | None = None
     rope_dim: int | None = None
     max_kl: float | None = None
+    query_rank: int | None = None
     uniform: bool = False
     router: str | None = None
     router_std: float = 0.02
@@ -142,6 +145,7 @@ class Options:
         given = [name for name in ("cache_ratio", "max_kl") if getattr(self, name) is not None]
         given += ["kv_rank with rope_dim"] if ranks != (None, None) else []
         if self.attention != "compress":
+            given += ["query_rank"] if self.query_rank is not None else []
             if given or self.uniform:
                 raise ValueError(
                     f"{given[0] if given else 'uniform'} belongs to attention='compress', "
@@ -161,7 +165,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int | float) or not 0 < value <= most):
                 raise ValueError(f"{name}={value!r} must be a number above 0, at most {most:,.0f}")
-        for name, least in (("kv_rank", 1), ("rope_dim", 2)):
+        for name, least in (("kv_rank", 1), ("rope_dim", 2), ("query_rank", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")

@@ -11,7 +11,7 @@ import torch
 from ..model.attention_hf_moe import HfMoeAttention
 from ..model.configuration_hf_moe import HfMoeConfig
 from ..model.eager_hf_moe import attention_probabilities, causal_mask
-from .factors import Weights
+from .factors import WITHOUT_BIAS, Weights
 from .families import Family, Part
 from .latent import select_groups
 from .layerwise import DenseLayers, Passage
@@ -62,7 +62,8 @@ class SourceAttention:
 
     def exact(self, layer: int, weights: Weights) -> HfMoeAttention:
         """The layer's attention in its exact latent form."""
-        config = self._config(layer, self.fields | {"kv_lora_rank": self.limits.groups * self.limits.head})
+        sizes = {"kv_lora_rank": self.limits.groups * self.limits.head, "q_lora_rank": None}
+        config = self._config(layer, self.fields | sizes)
         heads, groups, head = self.fields["num_attention_heads"], self.limits.groups, self.limits.head
         expand = select_groups(heads=heads, groups=groups, nope=0, value=head, scale=1.0)
         constant = weights.value[:, -1].unflatten(0, (groups, -1))[self.heads.group].flatten()
@@ -80,7 +81,9 @@ class SourceAttention:
 
     def compressed(self, layer: int, width: Width, tensors: dict[str, torch.Tensor]) -> HfMoeAttention:
         """The layer's attention from `compress_layer`'s tensors."""
-        return self._attention(self._config(layer, compressed_fields(self.fields, [width])), layer, tensors)
+        rank = len(tensors["q_a_proj"]) if "q_a_proj" in tensors else None
+        fields = compressed_fields(self.fields, [width]) | {"q_lora_rank": rank, "q_a_layernorm": False}
+        return self._attention(self._config(layer, fields), layer, tensors)
 
     def _config(self, layer: int, fields: dict[str, Any]) -> HfMoeConfig:
         one = {"num_hidden_layers": 1, "layer_types": [fields["layer_types"][layer]], "mlp_layer_types": ["dense"]}
@@ -92,8 +95,8 @@ class SourceAttention:
             attention = HfMoeAttention(config, 0).eval()
         state = {}
         for name, tensor in tensors.items():
-            state[f"{name}.weight"] = tensor[:, :-1] if name != "kv_b_proj" else tensor
-            if name != "kv_b_proj":
+            state[f"{name}.weight"] = tensor if name in WITHOUT_BIAS else tensor[:, :-1]
+            if name not in WITHOUT_BIAS:
                 state[f"{name}.bias"] = tensor[:, -1]
         for role in ("q_norm", "k_norm"):
             if role in self.family.modules():
@@ -117,12 +120,12 @@ def weights_at(
     module: HfMoeAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of one sequence (1, S, D): weights (H, S, S), those at a higher temperature, and the slope of capped scores."""
-    query, key, _ = _projected(module, x, rope)
+    query, key, _ = projected(module, x, rope)
     scores = query @ key.transpose(2, 3) * module.scaling
     weights = attention_probabilities(module, scores, _mask(mask, scores), 0.0)
     broad = weights[0] ** (1 / TEMPERATURE)
     broad = broad / broad.sum(-1, keepdim=True)
-    slope = torch.full((), module.scaling, device=x.device)
+    slope = x.new_full((), module.scaling)
     if (cap := module.config.attn_logit_softcapping) is not None:
         slope = slope * (1 - torch.tanh(scores / cap).square())[0]
     return weights[0], broad, slope
@@ -132,7 +135,7 @@ def before_output(
     module: HfMoeAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None
 ) -> torch.Tensor:
     """What `o_proj` reads, (1, S, H·V), by PyTorch's attention or the plain one where scores are capped."""
-    query, key, value = _projected(module, x, rope)
+    query, key, value = projected(module, x, rope)
     if module.config.attn_logit_softcapping is None:
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=module.scaling
@@ -143,8 +146,10 @@ def before_output(
     return out.transpose(1, 2).flatten(2)
 
 
-def _projected(module: HfMoeAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> Any:
-    query = module.rotated_query(module.q_proj(x), *rope)
+def projected(module: HfMoeAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> Any:
+    """Queries (1, H, S, N + P), keys alike and values (1, H, S, V), as they meet, of what the attention reads."""
+    query = module.q_proj(x) if module.config.q_lora_rank is None else module.q_b_proj(module.q_a_proj(x))
+    query = module.rotated_query(query, *rope)
     return query, *module.expand_kv(*module.rotated_latent(module.kv_a_proj_with_mqa(x), *rope))
 
 

@@ -20,12 +20,16 @@ class Width:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the source's attention has: layers, G, head width, and whether its keys may be compressed."""
+    """What the source's attention has: layers, G, head width, and whether its keys may be compressed.
+
+    queries: rank at which a bottleneck of the queries loses nothing, min(D, H·head); with a bias D + 1 in place of D.
+    """
 
     layers: int
     groups: int
     head: int
     keys: bool
+    queries: int
 
     @property
     def numbers(self) -> int:
@@ -59,7 +63,9 @@ def limits_of(fields: dict[str, Any], family: str) -> Limits:
             f"{fields['qk_rope_head_dim'] + fields['qk_nope_head_dim']} numbers of a head; choose attention='exact'"
         )
     keys = fields.get("qk_norm") is None
-    return Limits(fields["num_hidden_layers"], fields["num_key_value_heads"], fields["v_head_dim"], keys)
+    inputs, numbers = fields["hidden_size"] + fields["q_bias"], fields["num_attention_heads"] * fields["v_head_dim"]
+    groups, head = fields["num_key_value_heads"], fields["v_head_dim"]
+    return Limits(fields["num_hidden_layers"], groups, head, keys, min(inputs, numbers))
 
 
 def check_budget(options: Options, limits: Limits, family: str) -> None:
@@ -68,6 +74,10 @@ def check_budget(options: Options, limits: Limits, family: str) -> None:
     Raises:
         ValueError: with both numbers.
     """
+    if options.query_rank is not None and options.query_rank > limits.queries:
+        raise ValueError(
+            f"query_rank={options.query_rank} is above {limits.queries}, at which the source's queries lose nothing"
+        )
     if options.cache_ratio is not None and (share := options.cache_ratio * limits.numbers) < limits.least:
         raise ValueError(
             f"cache_ratio={options.cache_ratio} leaves {share:.0f} of {limits.numbers} numbers a token and layer; the "
@@ -141,8 +151,11 @@ def attention_tensors(fields: dict[str, Any], width: Width, layer: int) -> list[
     if width.frequencies is not None:
         keys, nope = 2 * len(width.frequencies), head
         query = heads * (nope + keys)
-    shapes: list[tuple[str, tuple[int, ...]]] = [("q_proj.weight", (query, hidden))]
-    shapes += [("q_proj.bias", (query,))] if fields["q_bias"] else []
+    rank = fields.get("q_lora_rank")
+    first, numbers = ("q_proj", query) if rank is None else ("q_a_proj", rank)
+    shapes: list[tuple[str, tuple[int, ...]]] = [(f"{first}.weight", (numbers, hidden))]
+    shapes += [(f"{first}.bias", (numbers,))] if fields["q_bias"] else []
+    shapes += [] if rank is None else [("q_b_proj.weight", (query, rank))]
     shapes += [("kv_a_proj_with_mqa.weight", (width.latent + keys, hidden))]
     shapes += [("kv_a_proj_with_mqa.bias", (width.latent + keys,))] if fields["kv_bias"] else []
     shapes += [("kv_b_proj.weight", (heads * (nope + head), width.latent))]

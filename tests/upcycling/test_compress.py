@@ -3,6 +3,7 @@
 import json
 import shutil
 from itertools import pairwise
+from math import prod
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_price_falls_as_the_cache_grows(tmp_path, name):
 def test_with_experts_it_resumes_and_verifies(tmp_path, monkeypatch):
     """One pass makes experts and attention; what was learnt is not learnt again; bytes are those of one run."""
     source = save_dense(tmp_path / "dense", "qwen2", tokenizer=True)
-    choices = TEXT | {"mode": "split", "shards": 2, "experts": 4, "top_k": 2, "cache_ratio": 0.6}
+    choices = TEXT | {"mode": "split", "shards": 2, "experts": 4, "top_k": 2, "cache_ratio": 0.6, "query_rank": 40}
     whole = upcycle(source, tmp_path / "whole", **choices)
     certificate = verify(source, whole, tokens=64, new_tokens=4, progress=False)
     assert certificate["passed"]
@@ -88,7 +89,7 @@ def test_with_experts_it_resumes_and_verifies(tmp_path, monkeypatch):
     assert certificate["logits"]["max_abs_difference"] > 1e-3
     card = (whole / "README.md").read_text()
     assert "Price of the smaller cache" in card
-    assert "--attention compress --cache-ratio 0.6" in card
+    assert "--attention compress --cache-ratio 0.6 --query-rank 40" in card
 
     from hf_moe.upcycling import convert as convert_module
 
@@ -111,6 +112,37 @@ def test_with_experts_it_resumes_and_verifies(tmp_path, monkeypatch):
     (whole / "ledger.json").write_text(json.dumps(ledger))
     with pytest.raises(ValueError, match=r"ledger.json has changed"):
         verify(source, whole, tokens=64, new_tokens=4, progress=False)
+
+
+# Ranks at which a bottleneck of the queries loses nothing: of the hidden size 48, 48 query numbers or more.
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3", "gemma2"])
+@torch.no_grad()
+def test_queries_through_a_bottleneck(tmp_path, name):
+    """Nothing is lost at full rank, biases and norms of the heads included; a lower one has its price."""
+    source, ids, prices = save_dense(tmp_path / "dense", name), random_ids(), []
+    rope_dim, kv_rank = FULL[name]
+    for rank in (48, 24):
+        choices = TEXT | {"calibration_tokens": 512, "kv_rank": kv_rank, "rope_dim": rope_dim, "query_rank": rank}
+        target = upcycle(source, tmp_path / f"{rank}", **choices)
+        dense, moe = load_pair(source, target)
+        assert (moe.config.q_lora_rank, moe.config.q_a_layernorm) == (rank, False)
+        prices.append(ledger_of(target)["model"]["kl"])
+        if rank == 48:
+            assert (moe(ids).logits - dense(ids).logits).abs().max() <= 2e-5
+            assert all(row["measured_queries"] < 1e-12 for row in ledger_of(target)["layers"])
+    assert all(0 < row["measured_queries"] < 0.5 for row in ledger_of(target)["layers"])
+    assert all(row["predicted_query_tail"] > 0 for row in ledger_of(target)["layers"])
+    assert abs(prices[0]) < 1e-6 < prices[1] < 2
+
+    tokens, cached = decode(moe, ids, 6)
+    uncached = moe(torch.cat([ids, tokens[:, :-1]], dim=1), use_cache=False).logits[:, -6:]
+    assert (cached - uncached).abs().max() <= 2e-5
+
+
+def test_a_price_that_the_queries_alone_exceed_is_refused(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"query_rank=4 alone costs a KL of 0.\d+, above max_kl=0.001"):
+        upcycle(source, tmp_path / "moe", max_kl=1e-3, query_rank=4, **TEXT | {"calibration_tokens": 128})
 
 
 def test_uniform_sizes_and_a_limit_on_the_price(tmp_path):
@@ -151,7 +183,21 @@ def test_plan_shows_the_smaller_cache(tmp_path):
     assert summarise(make_plan(source, ranks), source)["target"]["cache_bytes_per_token"] == 3 * 28 * 4
 
 
-@pytest.mark.parametrize("choices", [{"cache_ratio": 0.6}, {"cache_ratio": 0.6, "mode": "cluster", "experts": 4}])
+def test_plan_shows_what_a_bottleneck_saves(tmp_path):
+    """Of 48 inputs and 4 · (16 + 8) query numbers of each of three layers."""
+    source = open_source(save_dense(tmp_path / "dense"))
+    full, narrow = (
+        make_plan(source, Options(attention="compress", kv_rank=20, rope_dim=8, query_rank=rank)) for rank in (None, 24)
+    )
+    saved = 3 * (48 * 96 - 24 * (48 + 96))
+    assert sum(prod(t.shape) for t in full.tensors()) - sum(prod(t.shape) for t in narrow.tensors()) == saved
+    shown = [summarise(plan, source)["target"] for plan in (full, narrow)]
+    assert shown[0]["parameters"] - shown[1]["parameters"] == saved
+
+
+@pytest.mark.parametrize(
+    "choices", [{"cache_ratio": 0.6, "query_rank": 24}, {"cache_ratio": 0.6, "mode": "cluster", "experts": 4}]
+)
 def test_plan_counts_what_is_learnt(tmp_path, monkeypatch, choices):
     source = open_source(save_dense(tmp_path / "dense", "qwen2"))
     options = {**TEXT, **choices}
@@ -191,6 +237,10 @@ def test_plan_counts_what_is_learnt(tmp_path, monkeypatch, choices):
         ("llama3", {"cache_ratio": 0.04}, "leaves 3 of 64 .* the least that can be built is 3, cache_ratio=0.0469"),
         ("llama3", {"kv_rank": 61, "rope_dim": 4}, "kv_rank=61 is above 60, all that keys and values .* rope_dim=4"),
         ("llama3", {"kv_rank": 8, "rope_dim": 40}, "rope_dim=40 is above the 32 that the source's keys have"),
+        ("llama3", {"cache_ratio": 0.5, "query_rank": 0}, "query_rank=0 must be a whole number of at least 1"),
+        ("llama3", {"cache_ratio": 0.5, "query_rank": 49}, "query_rank=49 is above 48, .*lose nothing"),
+        ("qwen2", {"cache_ratio": 0.5, "query_rank": 49}, "query_rank=49 is above 48, .*lose nothing"),
+        ("llama3", {"query_rank": 8, "attention": "exact"}, "query_rank belongs to attention='compress', not"),
         ("qwen3", {"cache_ratio": 0.5}, "cache_ratio=0.5157: the keys of qwen3 have norms of their own"),
         ("qwen3", {"kv_rank": 8, "rope_dim": 8}, "keys of qwen3 have norms of their own and cannot be compressed"),
         ("phi3_partial", {"cache_ratio": 0.5}, "keys that rotate whole: phi3 rotates 6 of 12"),

@@ -158,19 +158,39 @@ def test_bfloat16_is_carried_by_smaller_constants(tmp_path):
     assert (theirs(ids).logits - ours(ids).logits).abs().max() <= 1e-5
 
 
-def test_compressed_bfloat16_comes_back_to_the_bit(tmp_path):
+@pytest.mark.parametrize("query_rank", [None, 24])
+def test_compressed_bfloat16_comes_back_to_the_bit(tmp_path, query_rank):
     """Its position-free queries are scaled on the way out, which bfloat16 cannot hold."""
     source = save_dense(tmp_path / "dense", dtype=torch.bfloat16)
     choices = {"attention": "compress", "cache_ratio": 0.5, "calibration_tokens": 512, "experts": 1}
-    folder = upcycle(source, tmp_path / "moe", progress=False, **choices)
+    folder = upcycle(source, tmp_path / "moe", progress=False, **choices, query_rank=query_rank)
     out = export(folder, tmp_path / "theirs", "deepseek_v3", progress=False)
-    assert {tensor.dtype for key, tensor in state(out).items() if "q_proj" in key} == {torch.float32}
+    assert {tensor.dtype for key, tensor in state(out).items() if "q_proj" in key or "q_b_proj" in key} == {
+        torch.float32
+    }
     first, again = state(folder), state(import_mixture(out, tmp_path / "back", progress=False))
     # Beside the weights stands what was learnt, in float32.
     assert again.keys() == {key for key in first if not key.startswith("layers.")}
     for key in again:
         assert first[key].dtype == again[key].dtype, key
         assert torch.equal(first[key], again[key]), key
+
+
+@torch.no_grad()
+def test_queries_through_a_bottleneck_keep_their_logits(tmp_path):
+    """Ours has no norm there, and may have a bias: a constant undoes the stock one's."""
+    source = save_dense(tmp_path / "dense", "qwen2")
+    choices = {"attention": "compress", "cache_ratio": 0.5, "calibration_tokens": 512, "experts": 1, "query_rank": 24}
+    folder = upcycle(source, tmp_path / "moe", progress=False, **choices)
+    out = export(folder, tmp_path / "theirs", "deepseek_v3", progress=False)
+    back = import_mixture(out, tmp_path / "back", progress=False)
+    theirs, ours, again = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (out, folder, back)
+    )
+    assert theirs.config.model_type == "deepseek_v3"
+    ids = random_ids()
+    assert (theirs(ids).logits - ours(ids).logits).abs().max() <= 1e-5
+    assert (again(ids).logits - ours(ids).logits).abs().max() <= 1e-5
 
 
 @torch.no_grad()
