@@ -14,7 +14,7 @@ from .convert import PROVENANCE_NAME, check_target, copy_model_files, partial_fo
 from .headers import INDEX_NAME
 from .lock import locked
 from .progress import step_bar
-from .sources import open_source, read_config
+from .sources import holds_tokenizer, open_source, read_config
 
 HEALING_NAME = "healing.json"
 _SETTINGS = "settings.json"
@@ -202,11 +202,18 @@ def token_ids(path: str | Path, folder: Path) -> Any:
 
     path = Path(path).expanduser()
     if path.name.endswith((".npy", ".npy.xz")):
-        with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
-            ids = np.load(file)
+        try:
+            with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
+                ids = np.load(file)
+        except (ValueError, EOFError, lzma.LZMAError) as error:
+            raise ValueError(f"{path} holds no array that numpy.save wrote: {error}") from error
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"{path} holds an array of {ids.dtype} and {ids.ndim} dimensions, not a row of token ids")
+        if len(ids) and ids.min() < 0:
+            raise ValueError(f"{path} holds the token {ids.min()}, and ids begin at 0")
         return torch.from_numpy(ids.astype(np.int64))
+    if not holds_tokenizer(folder):
+        raise ValueError(f"{folder} has no tokenizer, so {path} cannot be read: give token ids as .npy")
     words = path.read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     return torch.tensor(tokenizer(words, truncation=False, verbose=False)["input_ids"])

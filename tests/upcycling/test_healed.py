@@ -113,6 +113,8 @@ def test_interrupted_run(folders):
     [
         (lambda path: path.write_text("short"), "the text has 0 rows of 512 tokens to train on and 0 held out"),
         (lambda path: np.save(path.open("wb"), np.ones((2, 3))), "holds an array of float64 and 2 dimensions"),
+        (lambda path: np.save(path.open("wb"), np.full(3000, -3)), "holds the token -3, and ids begin at 0"),
+        (lambda path: path.write_bytes(b"nonsense"), r"ids\.npy holds no array that numpy.save wrote"),
     ],
 )
 def test_texts_that_are_refused(folders, write, message):
