@@ -43,6 +43,10 @@ def one_sentence(
             raise
         typer.echo(f"Error: this command needs {error.name}, which is not installed", err=True)
         sys.exit(1)
+    except UnicodeDecodeError as error:
+        # It knows no file's name.
+        typer.echo(f"Error: a text that was named is not UTF-8, at byte {error.start}: convert it first", err=True)
+        sys.exit(1)
     except (ValueError, OSError, SafetensorError) as error:
         message = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error
         typer.echo(f"Error: {' '.join(str(message).split())}", err=True)
