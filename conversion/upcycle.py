@@ -17,6 +17,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     with one_sentence(resumable=True):
         upcycle(arguments.source, arguments.out, mode=arguments.mode, experts=arguments.experts, top_k=arguments.top_k)
+    with one_sentence():
         certificate = verify(arguments.source, arguments.out)
         typer.echo(
             f"{arguments.out}: max |Δlogit| {certificate['logits']['max_abs_difference']:.2e}, see certificate.json"

@@ -43,6 +43,13 @@ def test_help_names_every_command():
         assert call(command, "--help")[0] == 0
 
 
+def test_text_that_is_not_utf8(source, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    words = ["--mode", "cluster", "--experts", 4, "--calibration", tmp_path / "latin.txt"]
+    status, _, error = call("upcycle", source, tmp_path / "moe", *words)
+    assert (status, error) == (1, "Error: a text that was named is not UTF-8, at byte 2: convert it first\n")
+
+
 def command(*words, **options):
     """The installed `hf-moe` in a process of its own; from a checkout that is not installed, what it would call."""
     installed = Path(sys.executable).with_name("hf-moe")

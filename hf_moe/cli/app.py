@@ -24,23 +24,28 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", 
 
 
 @contextmanager
-def one_sentence(resumable: bool = False, model: bool = True) -> Iterator[None]:
+def one_sentence(
+    resumable: bool = False, model: bool = True, again: str = "run the same command again"
+) -> Iterator[None]:
     """End with one line on standard error and a status above 0 where the user can do something about it.
 
-    `model` says whether Transformers has to know ours.
+    `model` says whether Transformers has to know ours, `again` how a command that is `resumable` goes on.
     """
     try:
         if model:
             _register()
         yield
     except KeyboardInterrupt:
-        again = "; run the same command again to go on from there" if resumable else ""
-        typer.echo(f"\nInterrupted{again}.", err=True)
+        typer.echo(f"\nInterrupted{f'; {again} to go on from there' if resumable else ''}.", err=True)
         sys.exit(130)
     except ModuleNotFoundError as error:
         if (error.name or PACKAGE).startswith(PACKAGE):
             raise
         typer.echo(f"Error: this command needs {error.name}, which is not installed", err=True)
+        sys.exit(1)
+    except UnicodeDecodeError as error:
+        # It knows no file's name.
+        typer.echo(f"Error: a text that was named is not UTF-8, at byte {error.start}: convert it first", err=True)
         sys.exit(1)
     except (ValueError, OSError, SafetensorError) as error:
         message = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else error

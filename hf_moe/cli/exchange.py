@@ -44,10 +44,13 @@ def export(
     """Write a model as one of Transformers' own classes, which needs nothing of this package."""
     with one_sentence(resumable=True):
         from ..upcycling.exchange import export as run
-        from ..upcycling.export_measures import measure_export
 
         typer.echo(f"{run(folder, out, to, engine=engine, latent_norm=latent_norm, progress=not quiet)} is ready.")
-        if measure:
+    if measure:
+        # The folder is whole: there is nothing to go on with.
+        with one_sentence():
+            from ..upcycling.export_measures import measure_export
+
             found = measure_export(folder, out, progress=not quiet)
             same = "the same" if found["greedy_equal"] else "not the same"
             typer.echo(f"  {found['tokens']} tokens of {found['text']}, float32, by Transformers:")

@@ -49,7 +49,7 @@ def heal(
 
     [bold]Example:[/bold] hf-moe heal HuggingFaceTB/SmolLM2-135M-Instruct compressed healed --text manuals.txt
     """
-    with one_sentence():
+    with one_sentence(resumable=True, again="run the same command with --resume"):
         from ..upcycling.healed import heal as run
 
         record = run(

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,10 @@ def build(
     journal = Journal(partial, digest)
     try:
         if not journal.resume():
+            # First what is there, then the new plan's name: killed between the two, nobody takes what another plan
+            # has learnt for this one's.
             _clear(partial)
+            journal.begin()
         plan, source = prepare(partial) if prepare else (plan, source)
         with byte_bar("writing weights", plan.nbytes, progress) as advance:
             advance(sum(len(shard.header) for shard in plan.shards))
@@ -171,8 +175,11 @@ def build(
         (target / JOURNAL_NAME).unlink()
         _sync_folder(target.parent)
     except ValueError:
-        # The source or the choice is at fault: no later run could go on from here.
-        shutil.rmtree(partial, ignore_errors=True)
+        # The source or the choice is at fault: no later run could go on from here. The journal goes last, since without
+        # it a folder counts as somebody else's.
+        with suppress(OSError):
+            _clear(partial)
+            shutil.rmtree(partial)
         raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -213,9 +220,9 @@ def write_rest(plan: Plan, source: Source, config: Any, folder: Path, journal: J
     _write_json(folder / INDEX_NAME, plan.index())
     config.save_pretrained(folder)
     copy_model_files(folder)
+    # The source's own takes its place. The folder is not asked: a killed run may have left half of one there.
+    _write_generation_config(plan, folder)
     copy_tokenizer(source, folder)
-    if not (folder / "generation_config.json").is_file():
-        _write_generation_config(plan, folder)
     if plan.options.attention == "compress":
         draw_ledger(read_ledger(folder), plan.item, folder / PLOT_NAME)
     write_card(plan, source, folder)

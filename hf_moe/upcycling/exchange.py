@@ -227,6 +227,11 @@ def _inward_fields(source: MixtureSource, layout: Mixture) -> dict[str, Any]:
         from ..model.translation_hf_moe import translate
 
         return translate(theirs) | {"architectures": ["HfMoeForCausalLM"]}
+    if packing := theirs.get("quantization_config"):
+        raise ValueError(
+            f"{source.title} is quantised by {packing.get('quant_method')!r}, and import copies plain numbers only: "
+            "dequantise it first, or import the model that it was made of"
+        )
     width = theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"]
     mixtral = layout.model_type == "mixtral"
     biased = {role: any(name.endswith(f"{role}_proj.bias") for name in source.headers) for role in "qkvo"}

@@ -12,8 +12,9 @@ from typing import Any
 from .card import add_healing
 from .convert import PROVENANCE_NAME, check_target, copy_model_files, partial_folder
 from .headers import INDEX_NAME
+from .lock import locked
 from .progress import step_bar
-from .sources import open_source, read_config
+from .sources import holds_tokenizer, open_source, read_config
 
 HEALING_NAME = "healing.json"
 _SETTINGS = "settings.json"
@@ -48,8 +49,8 @@ def heal(
         What `healing.json` in the folder holds: settings with a hash of the text, `before` and `after` (KL, top-1
         agreement, perplexity of the model and of the source on the held-out text), and the curve of the loss.
     Raises:
-        ValueError: bad choices, a text that is too short, another vocabulary; or an interrupted run is in the way, or
-            was one with other settings.
+        ValueError: bad choices, a text that is too short, a source of another vocabulary, depth or width; or an
+            interrupted run is in the way, was one with other settings, or still runs.
     Cost: both models in fp32 in memory, and Trainer's state.
     """
     import torch
@@ -73,40 +74,63 @@ def heal(
     settings |= {"text_tokens": rows.numel(), "text_sha256": digest}
     with quiet_loading():
         model, teacher = load_target(folder), load_source(opened)
-    words = [each.get_output_embeddings().weight.shape[0] for each in (model, teacher)]
-    if words[0] != words[1]:
-        raise ValueError(f"the model's vocabulary of {words[0]} is not the source's of {words[1]}")
-    if (largest := max(int(rows.max()), int(measured.max()))) >= words[0]:
-        raise ValueError(f"the text has token {largest}, the model's vocabulary {words[0]}")
-    _begin(partial, settings, resume)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, teacher = model.to(device), teacher.to(device)
-    before = measure_agreement(model, teacher, measured).to_dict()
-    with step_bar("healing", options.steps, progress) as advance:
-        done = 0
+    _check_alike(model, teacher)
+    words = model.get_output_embeddings().weight.shape[0]
+    if (largest := max(int(rows.max()), int(measured.max()))) >= words:
+        raise ValueError(f"the text has token {largest}, the model's vocabulary {words}")
+    partial.mkdir(exist_ok=True)
+    with locked(partial):
+        _begin(partial, settings, resume)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, teacher = model.to(device), teacher.to(device)
+        before = measure_agreement(model, teacher, measured).to_dict()
+        with step_bar("healing", options.steps, progress) as advance:
+            done = 0
 
-        def report(step: int, steps: int, loss: float) -> None:
-            nonlocal done
-            advance(step - done)
-            done = step
+            def report(step: int, steps: int, loss: float) -> None:
+                nonlocal done
+                advance(step - done)
+                done = step
 
+            with quiet_loading():
+                curve = healing.heal(
+                    model, teacher, rows, options, partial / "checkpoints", resume=resume, report=report
+                )
+        dtype = getattr(torch, str(kind.get("dtype") or "float32").removeprefix("torch."))
+        # What is measured is what is written.
+        model.to(dtype).float()
+        after = measure_agreement(model.eval(), teacher, measured).to_dict()
+        settings["tokens"] = options.steps * options.batch * options.length
+        # The record is pushed with the model: names, and not where they lie here.
+        settings |= {"model": folder.resolve().name, "text": [Path(t).name for t in text]}
+        settings["heldout"] = Path(heldout).name if heldout else None
+        record = {"settings": settings, "before": before, "after": after, "curve": curve}
+        command = command_line(opened.title, target.name, settings)
+        # Of a run that was killed: half of a file would be taken for a whole one.
+        shutil.rmtree(partial / "model", ignore_errors=True)
         with quiet_loading():
-            curve = healing.heal(model, teacher, rows, options, partial / "checkpoints", resume=resume, report=report)
-    dtype = getattr(torch, str(kind.get("dtype") or "float32").removeprefix("torch."))
-    # What is measured is what is written.
-    model.to(dtype).float()
-    after = measure_agreement(model.eval(), teacher, measured).to_dict()
-    settings["tokens"] = options.steps * options.batch * options.length
-    # The record is pushed with the model: names, and not where they lie here.
-    settings |= {"model": folder.name, "text": [Path(t).name for t in text]}
-    settings["heldout"] = Path(heldout).name if heldout else None
-    record = {"settings": settings, "before": before, "after": after, "curve": curve}
-    command = command_line(opened.title, target.name, settings)
-    with quiet_loading():
-        _write(model.to(dtype), folder, partial / "model", target.name, record, command)
-    os.rename(partial / "model", target)
-    shutil.rmtree(partial)
+            _write(model.to(dtype), folder, partial / "model", target.name, record, command)
+        os.rename(partial / "model", target)
+        shutil.rmtree(partial)
     return record
+
+
+def _check_alike(model: Any, source: Any) -> None:
+    """Refuse, before minutes of training, a model that was not made of this source.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    for name, numbers in (
+        ("vocabulary", [each.get_output_embeddings().weight.shape[0] for each in (model, source)]),
+        ("depth in layers", [each.config.num_hidden_layers for each in (model, source)]),
+        ("width", [each.config.hidden_size for each in (model, source)]),
+    ):
+        if numbers[0] != numbers[1]:
+            raise ValueError(
+                f"the model's {name} of {numbers[0]} is not the source's of {numbers[1]}: name the source that it was "
+                "made of"
+            )
 
 
 def command_line(source: str, out: str, settings: dict[str, Any]) -> str:
@@ -123,21 +147,27 @@ def command_line(source: str, out: str, settings: dict[str, Any]) -> str:
 
 def _refuse_leftovers(partial: Path, resume: bool) -> None:
     """Before models are loaded: what is there has to be a run that goes on."""
-    if partial.exists() and any(partial.iterdir()) and not (resume and (partial / _SETTINGS).is_file()):
+    if not partial.exists() or not any(partial.iterdir()):
+        return
+    if not (partial / _SETTINGS).is_file():
+        raise ValueError(f"{partial} is in the way, and no interrupted run's: remove it, or choose another name")
+    if not resume:
         raise ValueError(f"{partial} is in the way: resume the interrupted run, or remove it to begin anew")
 
 
 def _begin(partial: Path, settings: dict[str, Any], resume: bool) -> None:
     path = partial / _SETTINGS
     if resume and path.is_file():
-        if (found := json.loads(path.read_text())) != settings:
+        if (found := json.loads(path.read_text(encoding="utf-8"))) != settings:
             changed = [name for name in settings if settings[name] != found.get(name)]
             raise ValueError(
                 f"the interrupted run in {partial} had another {', '.join(changed)}; remove it to begin anew"
             )
         return
-    partial.mkdir(exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    # Whole or not at all: a folder without it is nobody's.
+    written = partial.with_name(f"{partial.name}.{_SETTINGS}")
+    written.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    os.replace(written, path)
 
 
 def _rows(
@@ -172,11 +202,18 @@ def token_ids(path: str | Path, folder: Path) -> Any:
 
     path = Path(path).expanduser()
     if path.name.endswith((".npy", ".npy.xz")):
-        with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
-            ids = np.load(file)
+        try:
+            with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
+                ids = np.load(file)
+        except (ValueError, EOFError, lzma.LZMAError) as error:
+            raise ValueError(f"{path} holds no array that numpy.save wrote: {error}") from error
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"{path} holds an array of {ids.dtype} and {ids.ndim} dimensions, not a row of token ids")
+        if len(ids) and ids.min() < 0:
+            raise ValueError(f"{path} holds the token {ids.min()}, and ids begin at 0")
         return torch.from_numpy(ids.astype(np.int64))
+    if not holds_tokenizer(folder):
+        raise ValueError(f"{folder} has no tokenizer, so {path} cannot be read: give token ids as .npy")
     words = path.read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     return torch.tensor(tokenizer(words, truncation=False, verbose=False)["input_ids"])
@@ -191,4 +228,4 @@ def _write(model: Any, folder: Path, out: Path, name: str, record: dict[str, Any
         if path.is_file() and not old and not (out / path.name).exists():
             shutil.copyfile(path, out / path.name)
     (out / HEALING_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    add_healing(out, folder.name, name, record, command)
+    add_healing(out, folder.resolve().name, name, record, command)

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .lock import lock
+
 JOURNAL_NAME = "journal.jsonl"
 
 
@@ -20,44 +22,52 @@ class Journal:
     """
 
     def __init__(self, folder: Path, digest: str):
-        # Not at the top: Windows has none, and what only reads runs there.
-        import fcntl
-
         self._file = (folder / JOURNAL_NAME).open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            lock(self._file.fileno(), folder)
+        except ValueError:
             self._file.close()
-            raise ValueError(f"another process is writing this target, in {folder}") from error
+            raise
         self.digest = digest
         self.entries: list[dict[str, Any]] = []
+        # Where the line of the plan ends in the file, and that of each entry.
+        self._ends: list[int] = []
 
     def resume(self) -> bool:
-        """Load the finished lines of an earlier run of the same plan; False, and an empty journal, without one."""
+        """Load the finished lines of an earlier run of the same plan; False, and the file as it was, without one."""
         self._file.seek(0)
-        lines = self._file.read().split(b"\n")
+        # What the end of the process has cut is no line.
+        head, *lines = self._file.read().splitlines(keepends=True) or [b""]
         try:
-            same = json.loads(lines[0])["plan"] == self.digest
+            same = head.endswith(b"\n") and json.loads(head)["plan"] == self.digest
         except (ValueError, KeyError, TypeError):
             same = False
-        if same:
-            # A line that was cut by the end of the process, and all that would follow, does not count.
-            for line in lines[1:-1]:
-                try:
-                    self.entries.append(json.loads(line))
-                except ValueError:
-                    break
-        self.rewrite(self.entries)
-        return same
+        if not same:
+            return False
+        self._ends = [len(head)]
+        for line in lines:
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                break
+            if entry is None:
+                break
+            self.entries.append(entry)
+            self._ends.append(self._ends[-1] + len(line))
+        self.keep(len(self.entries))
+        return True
 
-    def rewrite(self, entries: list[dict[str, Any]]) -> None:
-        """Keep only these entries."""
-        self._file.seek(0)
-        self._file.truncate()
-        self.entries = []
+    def begin(self) -> None:
+        """An empty journal of this plan, whatever was there."""
+        self._file.truncate(0)
+        self.entries, self._ends = [], []
         self._append({"plan": self.digest})
-        for entry in entries:
-            self.add(entry)
+
+    def keep(self, count: int) -> None:
+        """Keep only the first entries."""
+        # One call: a process that is killed here loses no finished line.
+        self._file.truncate(self._ends[count])
+        del self.entries[count:], self._ends[count + 1 :]
 
     def add(self, entry: dict[str, Any]) -> None:
         """Record a finished tensor."""
@@ -65,8 +75,10 @@ class Journal:
         self.entries.append(entry)
 
     def _append(self, value: dict[str, Any]) -> None:
-        self._file.write(json.dumps(value, sort_keys=True).encode() + b"\n")
+        line = json.dumps(value, sort_keys=True).encode() + b"\n"
+        self._file.write(line)
         self._file.flush()
+        self._ends.append((self._ends[-1] if self._ends else 0) + len(line))
 
     def sync(self) -> None:
         """Make what was recorded survive a loss of power."""

@@ -161,7 +161,7 @@ def write_weights(plan: Plan, source: Source, folder: Path, journal: Journal, ad
         ValueError: as `produce`, or NaN or infinity in the source. OSError: the disk is full.
     """
     done = _finished(plan, folder, journal, advance)
-    journal.rewrite(journal.entries[:done])
+    journal.keep(done)
     stream = ahead(produce(source, islice(plan.tensors(), done, None)))
     with ThreadPoolExecutor(1) as disk:
         synced: list[Future[None]] = []

@@ -1,11 +1,12 @@
 """To Transformers' own mixtures and back: equal logits there, equal bytes here."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from dense import COMMON, random_ids, save_dense
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -239,3 +240,19 @@ def test_hub_id_provenance_and_card(tmp_path, monkeypatch):
     card = (back / "README.md").read_text()
     assert "base_model:\n- owner/name\n" in card
     assert "`owner/name` at revision `0123abcd`" in card
+
+
+def test_missing_and_quantised_weights_are_refused(tmp_path):
+    theirs = export(make(tmp_path, "mixtral"), tmp_path / "theirs", "mixtral", progress=False)
+    config = json.loads((theirs / "config.json").read_text())
+    packed = shutil.copytree(theirs, tmp_path / "packed")
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="packed is quantised by 'gptq', and import copies plain numbers only"):
+        import_mixture(packed, tmp_path / "back", progress=False)
+    path = next(theirs.glob("*.safetensors"))
+    weights = load_file(path)
+    (theirs / "model.safetensors.index.json").unlink()
+    for lost in ("model.layers.1.self_attn.k_proj.weight", "model.layers.2.input_layernorm.weight"):
+        save_file({name: tensor for name, tensor in weights.items() if name != lost}, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"{lost} is missing from the weights, though other layers have theirs"):
+            import_mixture(theirs, tmp_path / "back", progress=False)

@@ -1,6 +1,8 @@
 """Healing of folders, by the command line."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 
 from hf_moe.cli import app
 from hf_moe.upcycling import heal, upcycle, verify
+from hf_moe.upcycling.lock import locked
 
 # Trainer announces its own coming changes; a tiny run holds no GPU.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -87,7 +90,7 @@ def test_interrupted_run(folders):
     choices = {"length": 32, "batch": 4, "tokens": 1024, "save_steps": 2, "progress": False}
     (tmp_path / ".healed.partial").mkdir()
     (tmp_path / ".healed.partial" / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match=r"\.healed\.partial is in the way: resume the interrupted run, or remove it"):
+    with pytest.raises(ValueError, match=r"\.healed\.partial is in the way, and no interrupted run's: remove it, or"):
         heal(source, folder, tmp_path / "healed", [tmp_path / "text.txt"], **choices)
     (tmp_path / ".healed.partial" / "checkpoints").rmdir()
     (tmp_path / ".healed.partial").rmdir()
@@ -110,6 +113,8 @@ def test_interrupted_run(folders):
     [
         (lambda path: path.write_text("short"), "the text has 0 rows of 512 tokens to train on and 0 held out"),
         (lambda path: np.save(path.open("wb"), np.ones((2, 3))), "holds an array of float64 and 2 dimensions"),
+        (lambda path: np.save(path.open("wb"), np.full(3000, -3)), "holds the token -3, and ids begin at 0"),
+        (lambda path: path.write_bytes(b"nonsense"), r"ids\.npy holds no array that numpy.save wrote"),
     ],
 )
 def test_texts_that_are_refused(folders, write, message):
@@ -121,3 +126,43 @@ def test_texts_that_are_refused(folders, write, message):
     with pytest.raises(ValueError, match="holds a 'llama' model; only hf_moe models are healed"):
         heal(source, source, tmp_path / "healed", [path], progress=False)
     assert not (tmp_path / ".healed.partial").exists()
+
+
+def test_killed_while_the_healed_model_is_written(folders, monkeypatch):
+    source, folder, tmp_path = folders
+    choices = {"length": 32, "batch": 4, "tokens": 256, "save_steps": 2, "progress": False}
+    copyfile = shutil.copyfile
+
+    def killed(old, new):
+        if Path(new).name != "tokenizer.json":
+            return copyfile(old, new)
+        Path(new).write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", killed)
+    with pytest.raises(KeyboardInterrupt):
+        heal(source, folder, tmp_path / "healed", [tmp_path / "text.txt"], **choices)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"\.healed\.partial is in the way: resume the interrupted run, or remove it"):
+        heal(source, folder, tmp_path / "healed", [tmp_path / "text.txt"], **choices)
+    with locked(tmp_path / ".healed.partial"), pytest.raises(ValueError, match="another process is writing this"):
+        heal(source, folder, tmp_path / "healed", [tmp_path / "text.txt"], resume=True, **choices)
+    heal(source, folder, tmp_path / "healed", [tmp_path / "text.txt"], resume=True, **choices)
+    assert (tmp_path / "healed" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert list(tmp_path.glob(".healed*")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2}, "the model's depth in layers of 3 is not the source's of 2: name the source"),
+        ({"hidden_size": 32}, "the model's width of 48 is not the source's of 32"),
+        ({"vocab_size": 300}, "the model's vocabulary of 258 is not the source's of 300"),
+    ],
+)
+def test_another_source_is_refused(folders, changes, message):
+    _, folder, tmp_path = folders
+    other = save_dense(tmp_path / "other", "llama_biases", **changes)
+    with pytest.raises(ValueError, match=message):
+        heal(other, folder, tmp_path / "healed", [tmp_path / "text.txt"], length=32, progress=False)
+    assert list(tmp_path.glob(".healed*")) == []

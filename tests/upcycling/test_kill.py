@@ -1,5 +1,6 @@
 """Fifty processes killed at random: the target is never there in part, and the last run's bytes are the same."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 from dense import save_dense
 
-from hf_moe.upcycling import upcycle, verify
+from hf_moe.upcycling import convert, upcycle, verify
 
 # Forked from one process that has everything imported, so that a run takes as long as its work.
 SCRIPT = """
@@ -96,3 +97,54 @@ def test_killed_at_the_last_step(tmp_path, monkeypatch, revealed):
         upcycle(source, tmp_path / "moe", **choices)
     assert verify(source, tmp_path / "moe", tokens=16, new_tokens=2, progress=False)
     assert list(tmp_path.glob(".*")) == []
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_killed_while_another_plans_files_are_removed(tmp_path, monkeypatch):
+    source = save_dense(tmp_path / "dense", tokenizer=True)
+    choices = {"mode": "cluster", "experts": 4, "calibration_tokens": 256, "progress": False}
+    expected = upcycle(source, tmp_path / "expected", seed=2, **choices) / "calibration.safetensors"
+    monkeypatch.setattr(convert, "write_weights", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle(source, tmp_path / "moe", seed=1, **choices)
+    monkeypatch.setattr(convert, "_clear", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle(source, tmp_path / "moe", seed=2, **choices)
+    monkeypatch.undo()
+    upcycle(source, tmp_path / "moe", seed=2, **choices)
+    assert (tmp_path / "moe" / "calibration.safetensors").read_bytes() == expected.read_bytes()
+
+
+def test_killed_while_small_files_are_written(tmp_path, monkeypatch):
+    source = save_dense(tmp_path / "dense")
+    (source / "generation_config.json").unlink()
+
+    def half_written(self, folder):
+        (folder / "generation_config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.GenerationConfig.save_pretrained", half_written)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle(source, tmp_path / "moe", experts=2, progress=False)
+    monkeypatch.undo()
+    upcycle(source, tmp_path / "moe", experts=2, progress=False)
+    assert json.loads((tmp_path / "moe" / "generation_config.json").read_text())["eos_token_id"] == 257
+
+
+def test_killed_while_a_refused_conversion_is_removed(tmp_path, monkeypatch):
+    source = save_dense(tmp_path / "dense")
+    choices = {"experts": 2, "progress": False}
+
+    def refused(*_):
+        raise ValueError("refused")
+
+    monkeypatch.setattr(convert, "write_rest", refused)
+    monkeypatch.setattr(convert.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle(source, tmp_path / "moe", **choices)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / ".moe.partial").iterdir()] == ["journal.jsonl"]
+    assert upcycle(source, tmp_path / "moe", **choices).is_dir()
