@@ -1,6 +1,6 @@
 """Launches of a decode step that overlap: each begins while the one before it ends.
 
-A kernel calls `follow` before its first read, and the host launches it with `launch_pdl=chains(device)`. What other
+A kernel calls `follow` before its first read, and the host launches it with `overlap(chains(device))`. What other
 libraries launch in between waits for all that came before.
 """
 
@@ -34,3 +34,8 @@ def prefetch(pointers, mask, fallback):
 def chains(device: torch.device) -> bool:
     """Whether launches on this device can overlap so: Hopper and later."""
     return nvidia_generation(device) >= 9
+
+
+def overlap(chained: bool) -> dict[str, bool]:
+    """Launch options of a kernel that may begin early; without, none at all, since AMD's compiler refuses the name."""
+    return {"launch_pdl": True} if chained else {}

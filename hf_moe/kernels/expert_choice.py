@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chain import chains, follow, prefetch
+from .chain import chains, follow, overlap, prefetch
 from .tuning import cdiv, power_of_2
 
 
@@ -120,10 +120,10 @@ def expert_choice(
     if T == 0:
         return logits, weight, index
     chained, wide = chains(x_TD.device), min(max(power_of_2(D), 64), 2048)
-    _logits_kernel[(cdiv(E, 2), T)](x_TD, weight_ED, logits, D, E, chained, 2, wide, launch_pdl=chained)
+    _logits_kernel[(cdiv(E, 2), T)](x_TD, weight_ED, logits, D, E, chained, 2, wide, **overlap(chained))
     _choose_kernel[(T,)](
         logits, logits if bias_E is None else bias_E, index, weight, factor,
         E, top_k, groups, top_groups, sigmoid, bias_E is not None, normalise,
-        chained, power_of_2(E), power_of_2(top_k), power_of_2(groups), num_warps=1, launch_pdl=chained,
+        chained, power_of_2(E), power_of_2(top_k), power_of_2(groups), num_warps=1, **overlap(chained),
     )  # fmt: skip
     return logits, weight, index

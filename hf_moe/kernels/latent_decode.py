@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import latent_hopper
-from .chain import chains, follow
+from .chain import chains, follow, overlap
 from .descriptors import dense_rows, dot_precision, has_copy_engine, processors
 from .latent_join import join, values
 from .tuning import cdiv, nvidia_generation, power_of_2
@@ -222,7 +222,7 @@ def _latent_decode(
         S, longest_key, H // G, S, q_rot_rows.stride(0), N, scaling, softcap, window,
         G, C, P, latent.stride(-2), k_rot.stride(-2), half, kind, by_row, causal, window > 0, softcap > 0, direct,
         dot_precision(dtype), tile.rows, tile.tokens, block_c, block_p, tile.tokens if by_row else 1024,
-        chained, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=chained,
+        chained, num_warps=tile.warps, num_stages=tile.stages, **overlap(chained),
     )  # fmt: skip
     return _finish(part, log, sinks, value, out)
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chain import chains, follow
+from .chain import chains, follow, overlap
 from .tuning import cdiv, power_of_2
 
 
@@ -128,7 +128,7 @@ def latent_entry(
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         latent.stride(0), latent.stride(2), k_rot.stride(0), k_rot.stride(2), S, latent.shape[2], eps,
         heads, G, C, P, nope, norm_C is not None, slot is not None, ring, alone, interleave,
-        chained, block_h, power_of_2(G), power_of_2(C), block_n, power_of_2(P // 2), launch_pdl=chained,
+        chained, block_h, power_of_2(G), power_of_2(C), block_n, power_of_2(P // 2), **overlap(chained),
     )  # fmt: skip
     if slot is not None and not alone:
         slot.add_(S)

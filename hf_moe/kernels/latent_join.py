@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chain import chains, follow, prefetch
+from .chain import chains, follow, overlap, prefetch
 from .descriptors import processors
 from .tuning import cdiv, power_of_2
 
@@ -113,7 +113,7 @@ def join(
         n = step if step >= N else max(power_of_2(N), _LOGS)
         _join_values_kernel[(H, cdiv(V, block_v), B * S)](
             part_TNC, log_TN, sinks_H, value_HVC, out, value_HVC.stride(0), value_HVC.stride(1), H, S, N,
-            C, V, block_c, n, step, block_v, chained, num_warps=16, launch_pdl=chained,
+            C, V, block_c, n, step, block_v, chained, num_warps=16, **overlap(chained),
         )  # fmt: skip
         return out
     # 16 Ki numbers a program at most, and few enough that two programs find work on each multiprocessor.
@@ -121,7 +121,7 @@ def join(
     while block > 32 and (block * n > 16384 or T * cdiv(C, block) < 2 * processors(device)):
         block //= 2
     _join_kernel[(T, cdiv(C, block))](
-        part_TNC, log_TN, sinks_H, out_BHSC, H, S, N, C, block, n, chained, launch_pdl=chained
+        part_TNC, log_TN, sinks_H, out_BHSC, H, S, N, C, block, n, chained, **overlap(chained)
     )
     return out_BHSC if value_HVC is None else values(out_BHSC, value_HVC)
 

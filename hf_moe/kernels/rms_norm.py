@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chain import chains, follow
+from .chain import chains, follow, overlap
 from .descriptors import processors
 from .launching import launched
 from .operators import Operator
@@ -117,7 +117,7 @@ def _launch(
         has_branch, chained = branch is not x, chains(x.device)
         _rms_norm_kernel[(cdiv(T, rows),)](
             x, branch, weight_D, total, out, T, D, eps, has_branch, rounds, chained, rows, block,
-            num_warps=warps, launch_pdl=chained,
+            num_warps=warps, **overlap(chained),
         )  # fmt: skip
 
 

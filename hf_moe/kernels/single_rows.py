@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .chain import chains, follow, prefetch
+from .chain import chains, follow, overlap, prefetch
 from .gating import Gating, act_and_slope, gate_forward
 from .tuning import Tile, cdiv, power_of_2
 
@@ -165,6 +165,6 @@ def single_rows(
         index is not None, bias_EH is not None, weight_TK is not None,
         added_RO is not None, chained,
         tile.stages > 1, choices, block, tile.k,
-        num_warps=tile.warps, launch_pdl=chained,
+        num_warps=tile.warps, **overlap(chained),
     )  # fmt: skip
     return y_RO

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .chain import chains, follow
+from .chain import chains, follow, overlap
 from .descriptors import dense_rows, dot_precision
 from .gating import Gating
 from .single_rows import gate_arguments, gated, single_rows, weight_rows
@@ -124,7 +124,7 @@ def expert_rows(
         bias_EH is not None, per_token, by_expert, chained,
         max(power_of_2(T), 16), power_of_2(K), tile.m, block, tile.k,
         n_in % tile.k == 0 and columns % block == 0, dot_precision(x.dtype),
-        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=chained,
+        num_warps=tile.warps, num_stages=tile.stages, **overlap(chained),
     )  # fmt: skip
     return y_NO
 
@@ -153,7 +153,7 @@ def weigh(y_ND: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor, n
     out_TD = y_ND.new_empty((T, D))
     block, chained = min(power_of_2(D), 512), chains(y_ND.device)
     _weigh_kernel[(cdiv(D, block), T)](
-        y_ND, weight_TK, index_TK, out_TD, n_experts, D, K, chained, block, num_warps=2, launch_pdl=chained
+        y_ND, weight_TK, index_TK, out_TD, n_experts, D, K, chained, block, num_warps=2, **overlap(chained)
     )
     return out_TD
 
