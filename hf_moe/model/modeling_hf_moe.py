@@ -39,7 +39,7 @@ from .fused_hf_moe import FUSED, fused, is_bare
 from .generation_hf_moe import CapturedGeneration
 from .parallel_hf_moe import register_parallel_styles
 from .rotary_hf_moe import HfMoeRotaryEmbedding
-from .routing_hf_moe import HfMoeTopkRouter, auxiliary_loss
+from .routing_hf_moe import HfMoeTopkRouter, auxiliary_loss, target_share
 
 # On disk experts are separate (`experts.3.gate_proj.weight`), as every engine reads them; in memory they are fused.
 register_checkpoint_conversion_mapping(
@@ -532,16 +532,6 @@ class HfMoeForCausalLM(CapturedGeneration, LatentBatching, HfMoePreTrainedModel,
         config = self.config
         coefficients = config.router_aux_loss_coef, config.router_seq_aux_loss_coef, config.router_z_loss_coef
         return any(coefficients) and "sparse" in config.mlp_layer_types
-
-
-def target_share(
-    labels: torch.Tensor, shift_labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor | float:
-    """This micro-batch's part of all target tokens of an optimizer step; 1 when their number is not given."""
-    if num_items_in_batch is None:
-        return 1.0
-    targets = labels[..., 1:] if shift_labels is None else shift_labels
-    return (targets != -100).sum() / num_items_in_batch
 
 
 class _HfMoeHead(HfMoePreTrainedModel):

@@ -235,3 +235,13 @@ def auxiliary_loss(
         if config.router_z_loss_coef:
             total = total + config.router_z_loss_coef * router_z_loss(logits, mask)
     return total / len(router_logits)
+
+
+def target_share(
+    labels: torch.Tensor, shift_labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor | float:
+    """This micro-batch's part of all target tokens of an optimizer step; 1 when their number is not given."""
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    return (targets != -100).sum() / num_items_in_batch
